@@ -1,0 +1,101 @@
+"""`latentrl STAGE`: arguments in, one stage's `run` called, a result out.
+
+Exit codes: 0 done; 1 a check found faults; 2 bad input (one line says what to do); 3 done, but the tracking server has
+not heard of it yet; 130 interrupted; 143 terminated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any, NoReturn
+
+from jobs.stages import add_stages
+from pipeline.errors import TrackingPending, UserError
+
+# Idle OpenMP threads that spin take the cores from the processes beside them: seen, a tenth of the speed.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+DESCRIPTION = """\
+Learn a latent-variable model from images that an agent has seen, then learn to act on its latents.
+
+The way of the data:  collect -> pretrain -> train -> evaluate -> report   (`latentrl demo` runs them all)
+"""
+EPILOG = """\
+exit codes: 0 done, 1 a check found faults, 2 bad input, 3 done but the tracking server is behind, 130 interrupted
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints one line and exits with code 2."""
+        self.exit(2, f"error: {message}; see `{self.prog} --help`\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    root = _Parser("latentrl", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawTextHelpFormatter)
+    stages = root.add_subparsers(title="stages", metavar="STAGE", required=True, parser_class=_Parser)
+    add_stages(stages)
+    return root
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a stage and returns the exit code."""
+    options = parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        result: dict[str, Any] = options.run(options)
+    except UserError as error:
+        return _complain(error, 2)
+    except TrackingPending as error:
+        return _complain(error, 3)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        user_error = _user_error_behind(error)
+        if user_error is None:
+            raise
+        return _complain(user_error, 2)
+    _show(result, options.present, as_json=options.json)
+    return 1 if result.get("errors") else 0
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(143)
+
+
+def _complain(error: BaseException, code: int) -> int:
+    line = " ".join(str(error).split())
+    print(f"error: {line}" if code == 2 else line, file=sys.stderr)
+    return code
+
+
+def _user_error_behind(error: BaseException) -> UserError | TrackingPending | None:
+    """The UserError that a worker raised, out of the wrappers that Ray puts around it."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, UserError | TrackingPending) and not hasattr(seen, "cause"):
+            return seen
+        seen = getattr(seen, "cause", None) or seen.__cause__
+    return None
+
+
+def _show(result: dict[str, Any], present: Callable[[dict[str, Any]], str], *, as_json: bool) -> None:
+    """The result in words; with --json, as one object on the last line of stdout."""
+    print(present(result), file=sys.stderr if as_json else sys.stdout, flush=True)
+    if as_json:
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""A Ray session for the length of a command: a local one started and stopped, or a running cluster joined."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import psutil
+import ray
+
+from jobs.workspace import Workspace
+from pipeline.errors import UserError
+
+_CONNECT_LIMIT_S = 15.0
+_OBJECT_STORE_BYTES = 1 << 30
+
+
+@contextlib.contextmanager
+def ray_session(workspace: Workspace, *, needs: dict[str, float], what: str) -> Iterator[None]:
+    """Starts or joins Ray, checks that it has room, and leaves nothing of it behind.
+
+    Inside an enclosing session (the demo's) the running Ray is used.
+
+    Args:
+        workspace: Says whether to start or to join.
+        needs: Resources that the stage takes at once, for example {"CPU": 3}.
+        what: The same in words, for the message ("2 collecting workers").
+
+    Raises:
+        UserError: The cluster does not answer, or has too few resources.
+    """
+    if ray.is_initialized():
+        _require(needs, what)
+        yield
+        return
+    if workspace.ray_address is None:
+        _require_local(needs, what)
+        _start_local()
+    else:
+        _join(workspace.ray_address)
+    try:
+        _require(needs, what)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start_local() -> None:
+    memory = min(_OBJECT_STORE_BYTES, psutil.virtual_memory().available // 4)
+    ray.init(
+        num_cpus=os.cpu_count(),
+        object_store_memory=memory,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        configure_logging=True,
+    )
+
+
+def _join(address: str) -> None:
+    if address.startswith("ray://"):
+        raise UserError(f"--ray-address {address} is a Ray client address; give the cluster's own HOST:PORT or auto")
+    _require_answer(address)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        line = (str(error).splitlines() or ["no reason given"])[0]
+        raise UserError(f"cannot join the Ray cluster at {address} ({line}); check --ray-address") from None
+
+
+def _require_answer(address: str) -> None:
+    """Asks the cluster's head in a process of its own, since Ray waits long for an address that is dead."""
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check"]
+    command += [] if address == "auto" else ["--address", address]
+    try:
+        answer = subprocess.run(command, capture_output=True, timeout=_CONNECT_LIMIT_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"no Ray cluster answers at {address} within {_CONNECT_LIMIT_S:.0f} s; start one or leave out --ray-address"
+        ) from None
+    if answer.returncode != 0:
+        raise UserError(
+            f"no Ray cluster answers at {address}; start one (`ray start --head`) or leave out --ray-address"
+        )
+
+
+def _require_local(needs: dict[str, float], what: str) -> None:
+    cpus = os.cpu_count() or 1
+    if needs.get("CPU", 0) > cpus:
+        raise UserError(
+            f"{what} need {needs['CPU']:g} CPUs, this machine has {cpus}; ask for fewer or give --ray-address"
+        )
+
+
+def _require(needs: dict[str, float], what: str) -> None:
+    has = ray.cluster_resources()
+    for resource, amount in needs.items():
+        if amount > has.get(resource, 0):
+            raise UserError(
+                f"{what} need {amount:g} {resource}s, Ray has {has.get(resource, 0):g}; ask for fewer or add nodes"
+            )

@@ -1,0 +1,107 @@
+"""`latentrl collect`: plays a game and stores the frames."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from jobs.cluster import ray_session
+from jobs.progress import progress
+from jobs.workspace import Workspace
+from pipeline.atari import preprocess_for
+from pipeline.collect import Collected, collect, require_room
+from pipeline.errors import UserError
+from pipeline.policies import RANDOM_POLICIES, BehaviourFactory, random_policy
+from pipeline.protocols import RESOLUTIONS
+from pipeline.schema import Preprocess
+
+
+def run(
+    workspace: Workspace,
+    *,
+    game: str,
+    frames: int,
+    out: str,
+    policy: str = "random",
+    protocol: str = "atari100k",
+    resolution: str = "84x84",
+    seed: int = 0,
+    with_ram: bool = False,
+    num_workers: int | None = None,
+    epsilon: float = 0.05,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Collects a frames dataset and describes it.
+
+    Args:
+        workspace: Where Ray runs and where policies are looked up.
+        game: Any spelling of a game.
+        frames: Rows to store, exactly.
+        out: Folder or pyarrow.fs address.
+        policy: "random", "sticky-random" or the address of a policy bundle.
+        protocol: Name of the Atari protocol.
+        resolution: "84x84" or "210x160".
+        seed: Decides the dataset together with the arguments above.
+        with_ram: Stores the RAM too.
+        num_workers: Collecting actors of one CPU each; by default one a CPU.
+        epsilon: Share of random actions where a policy bundle plays.
+        overwrite: Replaces an existing dataset.
+
+    Returns:
+        The keys that `latentrl collect --json` prints.
+    """
+    preprocess = preprocess_for(game, protocol, _size(resolution))
+    behaviour = _behaviour(workspace, policy, preprocess, epsilon)
+    workers = os.cpu_count() or 1 if num_workers is None else num_workers
+    if workers < 1:
+        raise UserError(f"--num-workers is {workers}; ask for at least 1")
+    require_room(out, frames, overwrite=overwrite)
+    with (
+        ray_session(workspace, needs={"CPU": workers}, what=f"{workers} collecting workers"),
+        progress(frames, f"collect {preprocess.game}", "frames") as bar,
+    ):
+        collected = collect(
+            out,
+            preprocess,
+            frames=frames,
+            behaviour=behaviour,
+            policy_name=policy,
+            seed=seed,
+            with_ram=with_ram,
+            num_workers=workers,
+            overwrite=overwrite,
+            on_rows=bar.advance,
+        )
+    return _described(collected, out)
+
+
+def _size(resolution: str) -> tuple[int, int]:
+    if resolution not in RESOLUTIONS:
+        raise UserError(f"unknown resolution {resolution!r}; choose one of {', '.join(RESOLUTIONS)}")
+    return RESOLUTIONS[resolution]
+
+
+def _behaviour(workspace: Workspace, policy: str, preprocess: Preprocess, epsilon: float) -> BehaviourFactory:
+    if policy in RANDOM_POLICIES:
+        return random_policy(policy)
+    if "/" not in policy and ":" not in policy and not Path(policy).is_dir():
+        return random_policy(policy)  # a plain word that is no policy's address: says which names there are
+    from pipeline.resolve import resolve
+    from rllib_ext.behaviour import PolicyFactory
+
+    return PolicyFactory.load(resolve(policy, workspace.tracking_uri, workspace.cache).path, preprocess, epsilon)
+
+
+def _described(collected: Collected, out: str) -> dict[str, Any]:
+    dataset = collected.dataset
+    return {
+        "dataset": out if "://" in out else str(Path(out).expanduser().absolute()),
+        "digest": dataset.digest,
+        "frames": dataset.num_frames,
+        "episodes": dataset.num_episodes,
+        "bytes_per_frame": round(dataset.num_bytes / dataset.num_frames, 2),
+        "frames_per_s": round(dataset.num_frames / collected.seconds, 1),
+        "seconds": round(collected.seconds, 2),
+        "rows_per_worker": collected.rows_per_worker,
+    }

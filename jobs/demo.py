@@ -1,0 +1,132 @@
+"""`latentrl demo`: the whole pipeline on a real game, in order. Read it as the tour of the project."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from jobs import collect, evaluate, pretrain, report, train
+from jobs.cluster import ray_session
+from jobs.recipes import pretrain_recipe, train_recipe
+from jobs.workspace import Workspace
+from pipeline.errors import UserError
+from pipeline.registry import Tracking, ui_command
+
+GAME = "pong"
+FRAMES = 30_000
+AGENT_STEPS = 120_000
+EPISODES = 20
+NUM_WORKERS = 2
+NUM_ENV_RUNNERS = 1
+
+
+def run(
+    out: str,
+    *,
+    tracking_uri: str | None = None,
+    ray_address: str | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Runs every stage and compares the trained agent with a random one.
+
+    Args:
+        out: Folder for everything: data, runs, tracking database, artifacts.
+        tracking_uri: MLflow server instead of a sqlite file in `out`.
+        ray_address: Running cluster instead of a local one.
+        seed: Of data, encoder, agent and evaluation.
+        overwrite: Replaces an earlier demo at `out`.
+
+    Returns:
+        The keys that `latentrl demo --json` prints.
+    """
+    started = time.monotonic()
+    workspace = _fresh_workspace(out, tracking_uri, ray_address, overwrite=overwrite)
+    tracking = Tracking(workspace.tracking_uri)
+    tracking.check()
+    folder = workspace.new_run_folder("demo")
+    with (
+        tracking.start_run(folder.name, stage="demo", folder=folder) as parent,
+        ray_session(workspace, needs={"CPU": NUM_WORKERS}, what="the demo's workers"),
+    ):
+        # 1. Prior frames: a random agent plays, Ray workers write Parquet.
+        _say(1, f"{FRAMES:,} frames of a random agent playing {GAME}")
+        frames = collect.run(
+            workspace, game=GAME, frames=FRAMES, out=str(workspace.home / "frames"), seed=seed, num_workers=NUM_WORKERS
+        )
+        # 2. A latent-variable model of them: Ray Data -> Ray Train -> a version in MLflow.
+        _say(2, "a variational autoencoder of those frames")
+        encoder = pretrain.run(
+            workspace,
+            pretrain_recipe("demo", overrides=[f"train.seed={seed}"]),
+            frames["dataset"],
+            f"{GAME}-encoder",
+            parent_run_id=parent.run_id,
+        )
+        # 3. Q-learning on its frozen latents, which rollout workers make.
+        _say(3, f"Q-learning on frozen latents, {AGENT_STEPS:,} agent steps")
+        agent = train.run(
+            workspace,
+            train_recipe("demo"),
+            game=GAME,
+            encoder=encoder["model_uri"],
+            mode="frozen",
+            agent_steps=AGENT_STEPS,
+            num_env_runners=NUM_ENV_RUNNERS,
+            seed=seed,
+            parent_run_id=parent.run_id,
+        )
+        # 4. What is it worth? Whole games, raw points, beside a random agent.
+        _say(4, f"{EPISODES} whole games each, of a random agent and of the trained one")
+        random = evaluate.run(workspace, f"random:{GAME}", episodes=EPISODES, seed=seed, parent_run_id=parent.run_id)
+        trained = evaluate.run(
+            workspace, agent["policy"], episodes=EPISODES, seed=seed, video=True, parent_run_id=parent.run_id
+        )
+    # 5. A page to look at.
+    page = report.run(workspace, agent["run_folder"])
+    result = {
+        "random": _score(random),
+        "trained": _score(trained),
+        "model_uri": encoder["model_uri"],
+        "policy": agent["policy"],
+        "report": page["path"],
+        "steps_per_worker": agent["steps_per_worker"],
+        "num_train_workers": encoder["num_train_workers"],
+        "num_remote_env_runners": agent["num_remote_env_runners"],
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    return {**result, "table": _table(result, ui_command(workspace.tracking_uri))}
+
+
+def _fresh_workspace(out: str, tracking_uri: str | None, ray_address: str | None, *, overwrite: bool) -> Workspace:
+    home = Path(out).expanduser().absolute()
+    if home.is_dir() and any(home.iterdir()):
+        if not overwrite:
+            raise UserError(f"{home} exists and is not empty; add --overwrite or name another --out")
+        if not (home / "runs").is_dir():
+            raise UserError(f"{home} holds other things than a demo; name another --out")
+        shutil.rmtree(home)
+    return Workspace.at(str(home), tracking_uri, ray_address)
+
+
+def _say(number: int, text: str) -> None:
+    print(f"\n[{number}/5] {text}", file=sys.stderr, flush=True)
+
+
+def _score(evaluation: dict[str, Any]) -> dict[str, Any]:
+    return {key: evaluation[key] for key in ("mean_return", "ci95_low", "ci95_high", "episodes", "human_normalised")}
+
+
+def _table(result: dict[str, Any], ui: str) -> str:
+    rows = [f"\n{GAME:<16}  mean greedy return   95% interval       episodes"]
+    for name in ("random", "trained"):
+        score = result[name]
+        interval = f"[{score['ci95_low']:.2f}, {score['ci95_high']:.2f}]"
+        rows.append(f"{name + ' agent':<16}  {score['mean_return']:>18.2f}   {interval:<18} {score['episodes']:>8}")
+    minutes = result["seconds"] / 60
+    rows.append(f"\n{minutes:.1f} minutes in all; the report: {result['report']}")
+    rows.append(f"the runs, models and pictures in MLflow: {ui}")
+    return "\n".join(rows)

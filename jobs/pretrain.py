@@ -1,0 +1,219 @@
+"""`latentrl pretrain`: frames in, a registered encoder out."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jobs.cluster import ray_session
+from jobs.progress import Progress, progress
+from jobs.recipes import PretrainRecipe
+from jobs.settings import save_resolved, to_dict
+from jobs.workspace import Workspace
+from pipeline.artifact import load_model
+from pipeline.errors import UserError
+from pipeline.order import ReadingOrder
+from pipeline.pictures import encoder_pictures
+from pipeline.registry import Registered, Run, Tracking, check_model_name, register_encoder
+from pipeline.store import FramesDataset
+from pipeline.stream import sample_frames
+from pipeline.train import PretrainResult, cpus_needed, num_steps, pretrain
+
+CHECKPOINTS_FOLDER = "checkpoints"
+BUNDLE_FOLDER = "bundle"
+PICTURES_FOLDER = "pictures"
+METRICS_FILE = "metrics.jsonl"
+RESULT_FILE = "result.json"
+NUM_PICTURED = 512
+NUM_EXAMPLES = 4
+
+
+def run(
+    workspace: Workspace,
+    recipe: PretrainRecipe,
+    data: str,
+    register: str,
+    *,
+    resume: bool = False,
+    promote: bool = False,
+    parent_run_id: str | None = None,
+) -> dict[str, Any]:
+    """Pretrains an encoder on a frames dataset and registers it.
+
+    Args:
+        workspace: Where runs, registry and Ray are.
+        recipe: Model and training.
+        data: Folder or address of the dataset.
+        register: Name of the registered model.
+        resume: Goes on with the latest run of this name that was cut off.
+        promote: Makes the version champion whatever the present one's figures.
+        parent_run_id: MLflow run to nest under.
+
+    Returns:
+        The keys of `result.json`.
+
+    Raises:
+        UserError: What cannot work, before anything is written.
+        TrackingPending: Done, but the tracking server has not received everything.
+    """
+    check_model_name(register)
+    dataset = FramesDataset.open(data if "://" in data else str(Path(data).expanduser().absolute()))
+    total_steps = num_steps(recipe.train, dataset)
+    dataset.require_sound_files()
+    tracking = Tracking(workspace.tracking_uri)
+    tracking.check()
+    folder = _folder_to_resume(workspace, register) if resume else None
+    workers = recipe.train.num_workers
+    what = f"{workers} training worker{'s' if workers > 1 else ''} and the data stream"
+    with (
+        ray_session(workspace, needs={"CPU": cpus_needed(recipe.train)}, what=what),
+        _open_run(workspace, tracking, recipe, register, folder, parent_run_id) as opened,
+    ):
+        opened.log_dataset(dataset.uri, dataset.preprocess.game, dataset.digest, "pretrain")
+        session = _Session(opened, recipe, dataset, is_resumed=resume)
+        result = session.run(register, total_steps, promote=promote)
+    opened.require_delivered()
+    return result
+
+
+def _folder_to_resume(workspace: Workspace, register: str) -> Path:
+    folder = workspace.latest_run_folder(_run_name(register))
+    if folder is None:
+        raise UserError(f"there is no {_run_name(register)} run under {workspace.runs}; leave out --resume")
+    if (folder / RESULT_FILE).is_file():
+        raise UserError(f"run {folder.name} has finished; leave out --resume to start another")
+    return folder
+
+
+def _run_name(register: str) -> str:
+    return f"pretrain-{register}"
+
+
+def _open_run(
+    workspace: Workspace,
+    tracking: Tracking,
+    recipe: PretrainRecipe,
+    register: str,
+    folder: Path | None,
+    parent_run_id: str | None,
+) -> Run:
+    if folder is not None:
+        return tracking.resume_run(folder)
+    folder = workspace.new_run_folder(_run_name(register))
+    save_resolved(folder, recipe, "pretrain")
+    opened = tracking.start_run(folder.name, stage="pretrain", folder=folder, parent_run_id=parent_run_id)
+    opened.log_params(to_dict(recipe))
+    return opened
+
+
+class _Session:
+    """One sitting of a run: from the first step, or the last checkpoint, to the registered encoder."""
+
+    def __init__(self, opened: Run, recipe: PretrainRecipe, dataset: FramesDataset, *, is_resumed: bool) -> None:
+        self._run, self._recipe, self._dataset, self._is_resumed = opened, recipe, dataset, is_resumed
+        self._folder = opened.folder
+
+    def run(self, register: str, total_steps: int, *, promote: bool) -> dict[str, Any]:
+        """Trains, draws, registers; returns the result."""
+        began = time.monotonic()
+        trained = self._train(total_steps)
+        frames = self._frames()
+        self._draw(trained, frames)
+        registered = register_encoder(
+            self._run,
+            trained.bundle_path,
+            register,
+            bits_per_dim=trained.bits_per_dim,
+            active_fraction=trained.active_units / trained.z_dim,
+            has_heldout=trained.has_heldout,
+            promote=promote,
+            example_frames=frames[:NUM_EXAMPLES],
+        )
+        result = self._result(trained, registered, time.monotonic() - began)
+        (self._folder / RESULT_FILE).write_text(json.dumps(result, indent=1) + "\n")
+        return result
+
+    def _train(self, total_steps: int) -> PretrainResult:
+        with progress(total_steps, f"pretrain {self._dataset.preprocess.game}", "updates") as bar:
+            return pretrain(
+                self._recipe.model,
+                self._recipe.train,
+                self._dataset,
+                str(self._folder),
+                CHECKPOINTS_FOLDER,
+                self._folder / BUNDLE_FOLDER,
+                resume=self._is_resumed,
+                on_metrics=_Recorder(self._run, bar),
+            )
+
+    def _frames(self) -> NDArray[np.uint8]:
+        """Frames to look at, held out where there are such."""
+        has_heldout = "val" in self._dataset.episodes["split"].to_pylist()
+        order = ReadingOrder.whole(self._dataset, "val" if has_heldout else "train", 1, 1)
+        frames: NDArray[np.uint8] = sample_frames(self._dataset, order, NUM_PICTURED).numpy()
+        return frames
+
+    def _draw(self, trained: PretrainResult, frames: NDArray[np.uint8]) -> None:
+        if len(frames) < 2:
+            return
+        folder = self._folder / PICTURES_FOLDER
+        encoder_pictures(load_model(trained.bundle_path), frames, folder)
+        self._run.log_folder(folder, PICTURES_FOLDER)
+
+    def _result(self, trained: PretrainResult, registered: Registered | None, seconds: float) -> dict[str, Any]:
+        return {
+            "model_uri": registered.uri if registered else None,
+            "version": registered.version if registered else None,
+            "aliases": list(registered.aliases) if registered else [],
+            "sha256": trained.sha256,
+            "run_id": self._run.run_id,
+            "elbo_nats": trained.elbo_nats,
+            "bits_per_dim": trained.bits_per_dim,
+            "has_heldout": trained.has_heldout,
+            "active_units": trained.active_units,
+            "z_dim": trained.z_dim,
+            "images_per_s": round(trained.images_per_s, 1),
+            "startup_s": round(trained.startup_s, 1),
+            "seconds": round(seconds, 1),
+            "updates": trained.steps,
+            "num_train_workers": len(trained.steps_per_worker),
+            "train_worker_steps": {str(rank): steps for rank, steps in enumerate(trained.steps_per_worker)},
+            "dataset": self._dataset.uri,
+            "digest": self._dataset.digest,
+            "frames": self._dataset.num_frames,
+            "bundle": str(trained.bundle_path),
+            "run_folder": str(self._folder),
+        }
+
+
+class _Recorder:
+    """Takes the training's figures: progress bar, metrics.jsonl, MLflow.
+
+    A resumed training repeats the steps since its last checkpoint; their old lines are dropped.
+    """
+
+    def __init__(self, opened: Run, bar: Progress) -> None:
+        self._run, self._bar = opened, bar
+        self._path = opened.folder / METRICS_FILE
+        self._step: int | None = None
+
+    def __call__(self, values: dict[str, float], step: int) -> None:
+        if self._step is None:
+            self._forget_from(step)
+        self._bar.advance(step - (self._step or 0))
+        self._step = step
+        if "loss" in values:
+            self._bar.note(f"{values['bits_per_dim']:.3f} bits/dim, {values['images_per_s']:.0f} images/s")
+        with self._path.open("a") as stream:
+            stream.write(json.dumps({"step": step, **values}) + "\n")
+        self._run.log_metrics(values, step=step)
+
+    def _forget_from(self, step: int) -> None:
+        if self._path.is_file():
+            lines = [line for line in self._path.read_text().split("\n")[:-1] if json.loads(line)["step"] < step]
+            self._path.write_text("".join(f"{line}\n" for line in lines))

@@ -1,0 +1,91 @@
+"""Recipes: named, complete, typed configurations. `--set key=value` and `--config FILE` change them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from jobs.settings import resolve, to_dict
+from pipeline.errors import UserError
+from pipeline.models.vae import VAESettings
+from pipeline.pretrain_config import PretrainConfig
+from rllib_ext.settings import DQNSettings, QConfig
+
+
+@dataclass(frozen=True)
+class PretrainRecipe:
+    """How an encoder is made.
+
+    Attributes:
+        name: The recipe's.
+        model: The latent-variable model.
+        train: Its training.
+    """
+
+    name: str
+    model: VAESettings
+    train: PretrainConfig
+
+
+@dataclass(frozen=True)
+class TrainRecipe:
+    """How an agent learns.
+
+    Attributes:
+        name: The recipe's.
+        q: The Q network on the stacked latents.
+        train: The Q-learning.
+        model: The encoder's architecture where it is trained from scratch (pixels mode).
+    """
+
+    name: str
+    q: QConfig
+    train: DQNSettings
+    model: VAESettings
+
+
+_VAE = PretrainRecipe("vae", VAESettings(), PretrainConfig())
+_DQN = TrainRecipe("dqn", QConfig(), DQNSettings(), VAESettings())
+
+PRETRAIN_RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        _VAE,
+        replace(_VAE, name="beta-vae", model=replace(_VAE.model, beta=4.0)),
+        replace(_VAE, name="demo"),
+    )
+}
+TRAIN_RECIPES = {recipe.name: recipe for recipe in (_DQN, replace(_DQN, name="demo"))}
+
+Recipe = TypeVar("Recipe", PretrainRecipe, TrainRecipe)
+
+
+def pretrain_recipe(name: str, *, config: str | None = None, overrides: Sequence[str] = ()) -> PretrainRecipe:
+    """A pretraining recipe by name, with a file's settings and then overrides put in.
+
+    Raises:
+        UserError: Unknown name or key (the nearest one is named), or a value of the wrong type.
+    """
+    return resolve(_named(PRETRAIN_RECIPES, name), config=config, overrides=overrides)
+
+
+def train_recipe(name: str, *, config: str | None = None, overrides: Sequence[str] = ()) -> TrainRecipe:
+    """A Q-learning recipe by name, with a file's settings and then overrides put in; errors as above."""
+    return resolve(_named(TRAIN_RECIPES, name), config=config, overrides=overrides)
+
+
+def described() -> dict[str, Any]:
+    """Every recipe with all its settings."""
+    return {
+        "pretrain": {name: to_dict(recipe) for name, recipe in PRETRAIN_RECIPES.items()},
+        "train": {name: to_dict(recipe) for name, recipe in TRAIN_RECIPES.items()},
+    }
+
+
+def _named(group: dict[str, Recipe], name: str) -> Recipe:
+    if name not in group:
+        near = difflib.get_close_matches(name, group, n=1, cutoff=0.0)[0]
+        raise UserError(f"unknown recipe {name!r}; the nearest is {near!r}, and there are {', '.join(group)}")
+    return group[name]

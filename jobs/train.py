@@ -1,0 +1,374 @@
+"""`latentrl train`: distributed Q-learning in RLlib on the latents of a pretrained encoder, or beside it on pixels."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs.cluster import ray_session
+from jobs.progress import progress
+from jobs.settings import load_resolved, save_resolved, to_dict
+from jobs.workspace import Workspace
+from pipeline import models
+from pipeline.artifact import load_preprocess
+from pipeline.atari import preprocess_for
+from pipeline.errors import UserError
+from pipeline.models.latent import ModelConfig, ModelSettings
+from pipeline.registry import Resolved, Run, Tracking, check_model_name, register_policy, resolve
+from pipeline.schema import Preprocess
+from rllib_ext.algorithm import RESULTS_KEY, LatentDQN
+from rllib_ext.checkpoint import find_checkpoint
+from rllib_ext.config import LatentDQNConfig
+from rllib_ext.policy import PolicyConfig, save_policy
+from rllib_ext.runner import EnvFactory, atari_factory
+from rllib_ext.settings import MODES, DQNSettings, QConfig
+
+if TYPE_CHECKING:
+    from jobs.recipes import TrainRecipe
+
+POLICY_FOLDER = "policy"
+CHECKPOINT_FOLDER = "checkpoint"
+METRICS_FILE = "metrics.jsonl"
+RESULT_FILE = "result.json"
+START_FILE = "start.json"  # the encoder's hashes before the first update
+RECORD_EVERY_S = 2.0
+CHECKPOINT_EVERY_S = 120.0
+
+
+@dataclass(frozen=True)
+class Training:
+    """The resolved settings of a run.
+
+    Attributes:
+        recipe: Its name.
+        game: ALE's id.
+        protocol: The rules that the game is played by.
+        mode: "frozen", "finetune" or "pixels".
+        encoder: Address as given; None for pixels.
+        encoder_uri: The address that means this version for ever, where there is one.
+        encoder_sha256: Of the encoder's bundle.
+        agent_steps: Decisions to take, over all runners.
+        num_env_runners: Remote rollout workers; 0 samples in the driver.
+        seed: Of everything random.
+        q: The Q network.
+        train: The Q-learning.
+        model: The encoder's architecture for pixels mode.
+    """
+
+    recipe: str
+    game: str
+    protocol: str
+    mode: str
+    encoder: str | None
+    encoder_uri: str | None
+    encoder_sha256: str | None
+    agent_steps: int
+    num_env_runners: int
+    seed: int
+    q: QConfig
+    train: DQNSettings
+    model: ModelSettings
+
+    def check(self) -> None:
+        """Refuses, before Ray is started, what cannot work with any number of runners.
+
+        Raises:
+            UserError: The first problem.
+        """
+        if self.agent_steps < 1:
+            raise UserError(f"--agent-steps is {self.agent_steps}; ask for 1 or more")
+        if self.num_env_runners < 0:
+            raise UserError(f"--num-env-runners is {self.num_env_runners}; give 0 (in this process) or more")
+        self.train.check(num_lanes=self.train.envs_per_runner)
+
+
+def run(
+    workspace: Workspace,
+    recipe: TrainRecipe,
+    *,
+    game: str,
+    encoder: str | None,
+    mode: str,
+    agent_steps: int,
+    num_env_runners: int,
+    protocol: str = "atari100k",
+    seed: int = 0,
+    register: str | None = None,
+    resume: bool = False,
+    parent_run_id: str | None = None,
+) -> dict[str, Any]:
+    """Trains an agent, writes its policy bundle and registers it.
+
+    Args:
+        workspace: Where runs, registry and Ray are.
+        recipe: Networks and settings.
+        game: In any usual spelling.
+        encoder: Address of the encoder; None in pixels mode.
+        mode: "frozen", "finetune" or "pixels".
+        agent_steps: Decisions to take; the run ends with the first fragment that reaches them.
+        num_env_runners: Remote rollout workers; 0 samples in the driver.
+        protocol: The rules that the game is played by.
+        seed: Of everything random.
+        register: Name of the registered model; GAME-agent if None.
+        resume: Goes on with the latest run of this game and mode.
+        parent_run_id: MLflow run to nest under.
+
+    Returns:
+        The keys of `result.json`.
+
+    Raises:
+        UserError: What cannot work, before anything is written.
+        TrackingPending: Done, but the tracking server has not received everything.
+    """
+    resolved = _resolve_encoder(workspace, encoder, mode)
+    preprocess = _environment(game, protocol, resolved)
+    name = register or f"{preprocess.game}-agent"
+    check_model_name(name)
+    plan = Training(
+        recipe=recipe.name,
+        game=preprocess.game,
+        protocol=preprocess.protocol,
+        mode=mode,
+        encoder=encoder,
+        encoder_uri=resolved.uri if resolved else None,
+        encoder_sha256=resolved.sha256 if resolved else None,
+        agent_steps=agent_steps,
+        num_env_runners=num_env_runners,
+        seed=seed,
+        q=recipe.q,
+        train=recipe.train,
+        model=recipe.model,
+    )
+    plan.check()
+    folder = _folder_to_resume(workspace, plan) if resume else None
+    tracking = Tracking(workspace.tracking_uri)
+    tracking.check()
+    logging.getLogger("ray.rllib").setLevel(logging.ERROR)
+    what = f"{num_env_runners} rollout worker{'s' if num_env_runners != 1 else ''}"
+    with ray_session(workspace, needs={"CPU": float(num_env_runners)}, what=what):
+        config = build_config(plan, preprocess, resolved)
+        config.validate()  # before the run's folder is made
+        with _open_run(workspace, tracking, plan, folder, parent_run_id) as opened:
+            result = _Session(opened, plan, preprocess, resolved).run(config, name, is_resumed=resume)
+    opened.require_delivered()
+    return result
+
+
+def build_config(
+    plan: Training, preprocess: Preprocess, resolved: Resolved | None, env_factory: EnvFactory = atari_factory
+) -> LatentDQNConfig:
+    """The RLlib configuration of a run."""
+    config = LatentDQNConfig().latent(
+        preprocess=preprocess,
+        mode=plan.mode,
+        encoder=resolved.path if resolved else None,
+        encoder_sha256=resolved.sha256 if resolved else None,
+        encoder_config=None if resolved else plan.model,
+        q=plan.q,
+        env_factory=env_factory,
+    )
+    built: LatentDQNConfig = (
+        config.training(plan.train).env_runners(num_env_runners=plan.num_env_runners).debugging(seed=plan.seed)
+    )
+    return built
+
+
+def _resolve_encoder(workspace: Workspace, encoder: str | None, mode: str) -> Resolved | None:
+    if mode not in MODES:
+        raise UserError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
+    if mode == "pixels":
+        if encoder is not None:
+            raise UserError(f"mode pixels trains its encoder from scratch; leave out --encoder {encoder}")
+        return None
+    if encoder is None:
+        raise UserError(f"mode {mode} needs a pretrained encoder; give --encoder, for example models:/NAME@champion")
+    resolved = resolve(encoder, workspace.tracking_uri, workspace.cache)
+    if resolved.kind != "encoder":
+        raise UserError(f"{encoder} is a {resolved.kind}, not an encoder; give the encoder's address")
+    return resolved
+
+
+def _environment(game: str, protocol: str, resolved: Resolved | None) -> Preprocess:
+    """How the environment makes its frames: as the encoder's, which must have been trained for this game's."""
+    if resolved is None:
+        return preprocess_for(game, protocol)
+    theirs = load_preprocess(resolved.path)
+    mine = preprocess_for(game, protocol, (theirs.height, theirs.width))
+    theirs.require_match(mine, mine=f"the encoder {resolved.address}", theirs="the environment")
+    return mine
+
+
+def _run_name(plan: Training) -> str:
+    return f"train-{plan.game}-{plan.mode}"
+
+
+def _folder_to_resume(workspace: Workspace, plan: Training) -> Path:
+    folder = workspace.latest_run_folder(_run_name(plan))
+    if folder is None or find_checkpoint(folder / CHECKPOINT_FOLDER) is None:
+        raise UserError(
+            f"there is no {_run_name(plan)} run with a checkpoint under {workspace.runs}; leave out --resume"
+        )
+    before = load_resolved(folder)
+    now = to_dict(plan)
+    changed = [key for key in now if key != "agent_steps" and before.get(key) != now[key]]
+    if changed:
+        both = "; ".join(f"{key}: {before.get(key)!r} then, {now[key]!r} now" for key in changed)
+        raise UserError(
+            f"{folder.name} was started with other settings ({both}); resume with those it was started with"
+        )
+    return folder
+
+
+def _open_run(
+    workspace: Workspace, tracking: Tracking, plan: Training, folder: Path | None, parent_run_id: str | None
+) -> Run:
+    if folder is not None:
+        return tracking.resume_run(folder)
+    folder = workspace.new_run_folder(_run_name(plan))
+    save_resolved(folder, plan, "train")
+    opened = tracking.start_run(folder.name, stage="train", folder=folder, parent_run_id=parent_run_id)
+    opened.log_params(to_dict(plan))
+    return opened
+
+
+class _Session:
+    """One sitting of a run: from building or restoring the algorithm to the registered policy."""
+
+    def __init__(self, opened: Run, plan: Training, preprocess: Preprocess, resolved: Resolved | None) -> None:
+        self._run, self._plan, self._preprocess, self._resolved = opened, plan, preprocess, resolved
+        self._folder = opened.folder
+        self._recorded_at = self._saved_at = time.monotonic()
+
+    def run(self, config: LatentDQNConfig, name: str, *, is_resumed: bool) -> dict[str, Any]:
+        """Trains to the end and returns the result."""
+        if self._resolved is not None:
+            self._run.log_encoder_input(self._resolved.uri, self._resolved.version, self._resolved.sha256)
+        algorithm: LatentDQN = config.latent(run_id=self._run.run_id).build_algo()
+        try:
+            if is_resumed:
+                checkpoint = find_checkpoint(self._folder / CHECKPOINT_FOLDER)
+                assert checkpoint is not None
+                algorithm.restore_from_path(checkpoint)
+            before = self._hashes_before(algorithm)
+            rate = self._train(algorithm)
+            self._save(algorithm)
+            after = algorithm.encoder_sha256s()
+            self._require_frozen(before, after)
+            return self._finish(algorithm, name, rate, before, after)
+        finally:
+            algorithm.stop()
+
+    def _train(self, algorithm: LatentDQN) -> float:
+        """Trains to the end; agent steps per second over this sitting."""
+        started, first = time.monotonic(), algorithm.agent_steps
+        with progress(self._plan.agent_steps, f"train {self._plan.game} ({self._plan.mode})", "agent steps") as bar:
+            bar.advance(first)
+            while algorithm.agent_steps < self._plan.agent_steps:
+                steps_before = algorithm.agent_steps
+                figures: dict[str, float] = algorithm.train()[RESULTS_KEY]
+                bar.advance(algorithm.agent_steps - steps_before)
+                bar.note(f"return {figures['episode_return_mean']:.1f}, {figures['agent_steps_per_s']:.0f}/s")
+                is_end = algorithm.agent_steps >= self._plan.agent_steps
+                self._record(algorithm, figures, is_due=is_end)
+                if time.monotonic() - self._saved_at > CHECKPOINT_EVERY_S and not is_end:
+                    self._save(algorithm)
+        return (algorithm.agent_steps - first) / max(time.monotonic() - started, 1e-9)
+
+    def _record(self, algorithm: LatentDQN, figures: Mapping[str, float], *, is_due: bool) -> None:
+        """Writes figures every few seconds, and every game that has ended by then on a line of its own."""
+        if not is_due and time.monotonic() - self._recorded_at < RECORD_EVERY_S:
+            return
+        self._recorded_at = time.monotonic()
+        lines = [(step, {"episode_return": value}) for step, value in algorithm.take_finished_games()]
+        finite = {name: value for name, value in figures.items() if math.isfinite(value)}
+        lines.append((int(figures["agent_steps"]), finite))
+        with (self._folder / METRICS_FILE).open("a") as stream:
+            for step, values in lines:
+                stream.write(json.dumps({"step": step, **values}) + "\n")
+                self._run.log_metrics(values, step=step)
+
+    def _save(self, algorithm: LatentDQN) -> None:
+        algorithm.save_to_path(self._folder / CHECKPOINT_FOLDER)
+        self._saved_at = time.monotonic()
+
+    def _hashes_before(self, algorithm: LatentDQN) -> dict[str, str]:
+        """The encoder's hashes before the run's first update, in whatever sitting that was."""
+        path = self._folder / START_FILE
+        if not path.is_file():
+            path.write_text(json.dumps({"encoder_sha256s": algorithm.encoder_sha256s()}) + "\n")
+        hashes: dict[str, str] = json.loads(path.read_text())["encoder_sha256s"]
+        return hashes
+
+    def _require_frozen(self, before: Mapping[str, str], after: Mapping[str, str]) -> None:
+        if self._plan.mode == "frozen" and len({*before.values(), *after.values()}) != 1:
+            raise RuntimeError(f"the frozen encoder is not the same everywhere: before {before}, after {after}")
+
+    def _finish(
+        self, algorithm: LatentDQN, name: str, rate: float, before: Mapping[str, str], after: Mapping[str, str]
+    ) -> dict[str, Any]:
+        figures = algorithm.figures()
+        policy = self._write_policy(algorithm, figures)
+        registered = register_policy(self._run, policy, name, encoder=self._resolved)
+        has_games = math.isfinite(figures["episode_return_mean"])
+        result = {
+            "policy": str(policy),
+            "model_uri": registered.uri if registered else None,
+            "run_id": self._run.run_id,
+            "agent_steps": algorithm.agent_steps,
+            "updates": algorithm.updates,
+            "agent_steps_per_s": round(rate, 1),
+            "steps_per_worker": dict(algorithm.steps_per_runner),
+            "encoder_sha256_before": _representative(before),
+            "encoder_sha256_after": _representative(after),
+            "num_remote_env_runners": self._plan.num_env_runners,
+            "episode_return_mean": figures["episode_return_mean"] if has_games else None,
+            "run_folder": str(self._folder),
+        }
+        (self._folder / RESULT_FILE).write_text(json.dumps(result, indent=1) + "\n")
+        return result
+
+    def _write_policy(self, algorithm: LatentDQN, figures: Mapping[str, float]) -> Path:
+        path = self._folder / POLICY_FOLDER
+        if path.exists():  # of an earlier sitting, with fewer steps
+            shutil.rmtree(path)
+        config = PolicyConfig(
+            mode=self._plan.mode,
+            stack=self._plan.train.stack,
+            z_dim=algorithm.config.z_dim,
+            q=self._plan.q,
+            action_names=self._preprocess.action_set,
+            encoder=_origin(self._resolved),
+            encoder_config=models.to_record(_architecture(algorithm, self._preprocess)),
+        )
+        card = {
+            "Agent steps": algorithm.agent_steps,
+            "Updates": algorithm.updates,
+            "Mean return of the last training games": f"{figures['episode_return_mean']:.1f}",
+            "MLflow run": self._run.run_id,
+        }
+        encoder_bundle = self._resolved.path if self._resolved else None
+        save_policy(path, config, self._preprocess, algorithm.network_state(), encoder_bundle=encoder_bundle, card=card)
+        return path
+
+
+def _representative(hashes: Mapping[str, str]) -> str:
+    """One hash for the record: the learner's where it trains the encoder, else that of all runners."""
+    return hashes.get("learner") or next(iter(hashes.values()))
+
+
+def _origin(resolved: Resolved | None) -> dict[str, str | None] | None:
+    if resolved is None:
+        return None
+    return {"address": resolved.uri or resolved.address, "version": resolved.version, "sha256": resolved.sha256}
+
+
+def _architecture(algorithm: LatentDQN, preprocess: Preprocess) -> ModelConfig:
+    settings: ModelSettings = algorithm.config.encoder_config
+    return settings.for_frames(preprocess.height, preprocess.width)

@@ -1,0 +1,96 @@
+"""Where everything lies: one visible folder for runs, data, the tracking database and its artifacts."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import UserError
+
+HOME_VARIABLE = "LATENTRL_HOME"
+DEFAULT_HOME = "latentrl-runs"
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The places of a project.
+
+    Attributes:
+        home: Absolute path of the folder that holds everything.
+        tracking_uri: MLflow's address; by default a sqlite file under `home`.
+        ray_address: A running Ray cluster, or None for a local one that the command starts and stops.
+    """
+
+    home: Path
+    tracking_uri: str
+    ray_address: str | None = None
+
+    @classmethod
+    def at(cls, home: str | None, tracking_uri: str | None = None, ray_address: str | None = None) -> Workspace:
+        """Builds a workspace from what the user gave; the folder is made when something is first written.
+
+        Raises:
+            UserError: `home` exists and is no folder.
+        """
+        path = Path(home or os.environ.get(HOME_VARIABLE) or DEFAULT_HOME).expanduser().absolute()
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--home {path} is a file; name a folder")
+        return cls(path, tracking_uri or f"sqlite:///{path}/mlflow.db", ray_address)
+
+    @property
+    def runs(self) -> Path:
+        """Folder with one folder a run."""
+        return self.home / "runs"
+
+    @property
+    def cache(self) -> Path:
+        """Folder with bundles that came from the registry."""
+        return self.home / "cache"
+
+    def new_run_folder(self, name: str) -> Path:
+        """Makes the next folder NAME-001, NAME-002, ... of that name.
+
+        Raises:
+            UserError: The home cannot be written.
+        """
+        number = max([self._number(path) for path in self._folders(name)], default=0)
+        while True:
+            number += 1
+            folder = self.runs / f"{name}-{number:03d}"
+            try:
+                folder.mkdir(parents=True)
+            except FileExistsError:
+                continue
+            except OSError as error:
+                raise UserError(f"cannot write to {self.home} ({error.strerror}); name another --home") from None
+            return folder
+
+    def latest_run_folder(self, name: str) -> Path | None:
+        """The run folder with the highest number of that name, or None."""
+        return max(self._folders(name), key=self._number, default=None)
+
+    def find_run(self, run: str) -> Path:
+        """A run's folder from its path, its name (`train-pong-001`), or its MLflow run id.
+
+        Raises:
+            UserError: There is none.
+        """
+        for candidate in (Path(run).expanduser().absolute(), self.runs / run):
+            if (candidate / "run.json").is_file():
+                return candidate
+        for record in sorted(self.runs.glob("*/run.json")):
+            if json.loads(record.read_text()).get("run_id") == run:
+                return record.parent
+        known = ", ".join(sorted(p.parent.name for p in self.runs.glob("*/run.json"))[-3:]) or "none yet"
+        raise UserError(f"there is no run {run!r} under {self.runs}; the latest ones: {known}")
+
+    def _folders(self, name: str) -> list[Path]:
+        pattern = re.compile(rf"{re.escape(name)}-\d{{3,}}$")
+        return [path for path in self.runs.glob(f"{name}-*") if pattern.match(path.name)]
+
+    @staticmethod
+    def _number(path: Path) -> int:
+        return int(path.name.rsplit("-", 1)[1])

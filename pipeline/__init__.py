@@ -1,0 +1,1 @@
+"""Data and representations: frames, latent-variable models, their registry. Knows nothing of RLlib."""

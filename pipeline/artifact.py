@@ -1,0 +1,260 @@
+"""An encoder bundle on disk: what pretraining leaves behind and everything else starts from. No pickle anywhere.
+
+    config.json        class and sizes of the model
+    model.safetensors  all its weights, decoder included
+    preprocess.json    how its frames were made
+    stats.json         mean and scale of every latent dimension, its KL, and whether it is active
+    README.md          model card
+    SHA256SUMS         one line a file; its own sha256 names the bundle
+
+Shapes: B batch, Z latent dimensions, H height, W width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pipeline import bundle, models
+from pipeline.bundle import pack, unpack
+from pipeline.errors import UserError
+from pipeline.models.latent import ACTIVE_VARIANCE, LatentModel, ModelConfig, ModelSettings
+from pipeline.schema import Preprocess
+
+__all__ = [
+    "Encoder",
+    "LatentStats",
+    "from_scratch",
+    "load_encoder",
+    "load_model",
+    "load_preprocess",
+    "load_stats",
+    "pack",
+    "save_encoder",
+    "unpack",
+]
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+PREPROCESS_FILE = "preprocess.json"
+STATS_FILE = "stats.json"
+CARD_FILE = "README.md"
+
+MIN_SCALE = ACTIVE_VARIANCE**0.5
+ENCODE_BATCH = 256
+
+
+@dataclass(frozen=True)
+class LatentStats:
+    """What the latents of the training split look like, per dimension; Z numbers each.
+
+    Attributes:
+        mean: Mean of the posterior means.
+        scale: Their standard deviation, at least 0.1: a dimension below that is inactive (its variance is under 0.01),
+            and dividing by its true spread would blow its noise up to the size of the signal.
+        active: Whether the variance of the posterior mean exceeds 0.01 (Burda et al. 2016, arXiv:1509.00519).
+        kl: KL of the posterior to the prior, nats, averaged over frames.
+    """
+
+    mean: tuple[float, ...]
+    scale: tuple[float, ...]
+    active: tuple[bool, ...]
+    kl: tuple[float, ...]
+
+    @classmethod
+    def from_moments(cls, mean_Z: Tensor, variance_Z: Tensor, kl_Z: Tensor) -> LatentStats:
+        """From mean and variance of the posterior means and the average KL, each (Z,)."""
+        scale = variance_Z.sqrt().clamp(min=MIN_SCALE)
+        active = variance_Z > ACTIVE_VARIANCE
+        return cls(tuple(mean_Z.tolist()), tuple(scale.tolist()), tuple(active.tolist()), tuple(kl_Z.tolist()))
+
+    @classmethod
+    def identity(cls, z_dim: int) -> LatentStats:
+        """Stats that leave latents as they are."""
+        return cls((0.0,) * z_dim, (1.0,) * z_dim, (True,) * z_dim, (0.0,) * z_dim)
+
+    @property
+    def num_active(self) -> int:
+        """Number of active dimensions."""
+        return sum(self.active)
+
+    def to_json(self) -> str:
+        """JSON object of four lists."""
+        return json.dumps(vars(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> LatentStats:
+        """Reads what `to_json` wrote."""
+        record = json.loads(text)
+        return cls(**{name: tuple(record[name]) for name in ("mean", "scale", "active", "kl")})
+
+
+class Encoder(nn.Module):
+    """Frames to standardised latents: (posterior mean - mean) / scale.
+
+    Attributes:
+        z_dim: Number of latent dimensions.
+        config: What the model was built from.
+        stats: Statistics that standardise.
+        preprocess: How its frames must be made.
+        sha256: Of the bundle it came from; "" when made from scratch.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, model: LatentModel, stats: LatentStats, preprocess: Preprocess, sha256: str = "") -> None:
+        """Takes the encoder network out of a model; the decoder is not kept."""
+        super().__init__()
+        self.net = model.encoder
+        self.config = model.config
+        self.z_dim = model.config.z_dim
+        self.stats = stats
+        self.preprocess = preprocess
+        self.sha256 = sha256
+        self.register_buffer("mean", torch.tensor(stats.mean))
+        self.register_buffer("scale", torch.tensor(stats.scale))
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Standardised latents (B, Z) float32 of frames (B, H, W) uint8; differentiable."""
+        z: Tensor = (self.net(frames).mean - self.mean) / self.scale
+        return z
+
+    @torch.inference_mode()
+    def encode(self, frames: Tensor) -> Tensor:
+        """As `forward`, for any number of frames (N, H, W), in batches and without gradient."""
+        return torch.cat([self(batch) for batch in torch.split(frames, ENCODE_BATCH)])
+
+    def weights_sha256(self) -> str:
+        """Hash of the names and bytes of all parameters and buffers: equal only if no bit has moved."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def from_scratch(settings: ModelSettings, preprocess: Preprocess) -> Encoder:
+    """An untrained encoder for these frames, with statistics that change nothing (torch's current random state)."""
+    config = settings.for_frames(preprocess.height, preprocess.width)
+    return Encoder(models.build(config), LatentStats.identity(config.z_dim), preprocess)
+
+
+def save_encoder(
+    path: str | Path, model: LatentModel, stats: LatentStats, preprocess: Preprocess, card: dict[str, Any]
+) -> str:
+    """Writes a bundle, all or nothing.
+
+    Args:
+        path: The folder to make; must not exist.
+        model: The trained model, decoder included.
+        stats: Statistics of its latents.
+        preprocess: How its frames were made.
+        card: Facts for the model card, in order: label to value.
+
+    Returns:
+        The bundle's sha256.
+
+    Raises:
+        UserError: `path` exists or cannot be written.
+    """
+    with bundle.writing(Path(path)) as draft:
+        (draft / CONFIG_FILE).write_text(json.dumps(models.to_record(model.config), indent=1) + "\n")
+        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, draft / WEIGHTS_FILE)
+        (draft / PREPROCESS_FILE).write_text(preprocess.to_json() + "\n")
+        (draft / STATS_FILE).write_text(stats.to_json() + "\n")
+        (draft / CARD_FILE).write_text(_model_card(model.config, stats, preprocess, card))
+    return bundle.sha256_of(Path(path))
+
+
+def load_encoder(
+    path: str | Path, *, expect_sha256: str | None = None, preprocess: Preprocess | None = None
+) -> Encoder:
+    """Verifies a bundle and loads its encoder, in eval mode.
+
+    Args:
+        path: The bundle's folder.
+        expect_sha256: What the bundle must hash to, if known.
+        preprocess: How the frames that it will read are made, if known.
+
+    Raises:
+        UserError: Not a bundle, changed bytes (the file is named), another bundle than expected, or frames prepared
+            differently (both values shown).
+    """
+    path = Path(path)
+    sha256 = bundle.verify(path, expect_sha256)
+    own = load_preprocess(path)
+    if preprocess is not None:
+        own.require_match(preprocess, mine=f"the encoder {path}", theirs="these frames")
+    return Encoder(_read_model(path), load_stats(path), own, sha256).eval()
+
+
+def load_model(path: str | Path) -> LatentModel:
+    """Verifies a bundle and loads the whole model, decoder included, in eval mode.
+
+    Raises:
+        UserError: As `load_encoder`.
+    """
+    bundle.verify(Path(path))
+    return _read_model(Path(path)).eval()
+
+
+def load_preprocess(path: str | Path) -> Preprocess:
+    """How the frames of a bundle's encoder were made."""
+    return Preprocess.from_json((Path(path) / PREPROCESS_FILE).read_text())
+
+
+def load_stats(path: str | Path) -> LatentStats:
+    """The statistics of a bundle's latents."""
+    return LatentStats.from_json((Path(path) / STATS_FILE).read_text())
+
+
+def load_config(path: str | Path) -> ModelConfig:
+    """What a bundle's model was built from."""
+    return models.from_record(json.loads((Path(path) / CONFIG_FILE).read_text()))
+
+
+def _read_model(path: Path) -> LatentModel:
+    try:
+        model = models.build(load_config(path))
+        model.load_state_dict(load_file(path / WEIGHTS_FILE))
+        return model
+    except (KeyError, ValueError, RuntimeError, OSError, safetensors.SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"the encoder bundle {path} does not fit this version of latentrl ({reason}); train it again"
+        ) from None
+
+
+def _model_card(config: ModelConfig, stats: LatentStats, preprocess: Preprocess, card: dict[str, Any]) -> str:
+    facts = {
+        "Game": f"{preprocess.game} ({preprocess.protocol})",
+        "Frames": f"{preprocess.height}x{preprocess.width} grey, frame skip {preprocess.frame_skip}",
+        "Latent dimensions": f"{config.z_dim}, {stats.num_active} active",
+        **card,
+    }
+    rows = "".join(f"| {label} | {value} |\n" for label, value in facts.items())
+    return _CARD.format(name=f"{config.model} encoder of {preprocess.game}", rows=rows)
+
+
+_CARD = """# {name}
+
+| | |
+|---|---|
+{rows}
+Reads single frames, (N, H, W) uint8, and gives standardised posterior means, (N, Z) float32:
+
+```python
+from pipeline.artifact import load_encoder
+encoder = load_encoder("path/of/this/folder")
+z = encoder.encode(frames)
+```
+"""

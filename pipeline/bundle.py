@@ -1,0 +1,151 @@
+"""A bundle: a folder sealed by SHA256SUMS, so that one hash names its whole content and no byte changes unnoticed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from pipeline.errors import UserError
+
+SUMS_FILE = "SHA256SUMS"
+_ZIP_DATE = (1980, 1, 1, 0, 0, 0)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """A temporary folder to fill; on success it is sealed and renamed to `path`, otherwise removed.
+
+    Raises:
+        UserError: `path` exists, or cannot be written.
+    """
+    if path.exists():
+        raise UserError(f"{path} exists already; name another folder or remove it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    except OSError as error:
+        raise UserError(f"cannot write the bundle {path} ({error.strerror}); choose another folder") from None
+    try:
+        yield draft
+        (draft / SUMS_FILE).write_text(_sums(draft))
+        draft.chmod(0o755)
+        os.replace(draft, path)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def sha256_of(path: Path) -> str:
+    """The bundle's own hash: sha256 of its SHA256SUMS file, 64 hex digits.
+
+    Raises:
+        UserError: Not a bundle.
+    """
+    return hashlib.sha256(_read_sums(path)).hexdigest()
+
+
+def verify(path: Path, expect_sha256: str | None = None) -> str:
+    """Checks every file of a bundle against its SHA256SUMS.
+
+    Args:
+        path: The bundle's folder.
+        expect_sha256: What the bundle must hash to, if known.
+
+    Returns:
+        The bundle's sha256.
+
+    Raises:
+        UserError: Not a bundle, a file is missing, added or changed (named), or the bundle is not the expected one.
+    """
+    sums = _read_sums(path)
+    listed = dict(_parse(line, path) for line in sums.decode(errors="replace").splitlines())
+    present = set(_file_names(path))
+    for name in sorted(listed.keys() | present):
+        if name not in listed or name not in present:
+            raise UserError(f"bundle {path}: {name} is {'missing' if name in listed else 'not listed in ' + SUMS_FILE}")
+        if _hash(path / name) != listed[name]:
+            raise UserError(f"bundle {path}: the bytes of {name} have changed; restore it or write the bundle again")
+    sha256 = hashlib.sha256(sums).hexdigest()
+    if expect_sha256 is not None and sha256 != expect_sha256:
+        raise UserError(f"bundle {path} has sha256 {sha256}, not {expect_sha256} as expected; fetch it again")
+    return sha256
+
+
+def pack(path: Path) -> bytes:
+    """The bundle as one zip archive, uncompressed, the same bytes for the same bundle."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name in [*_file_names(path), SUMS_FILE]:
+            archive.writestr(zipfile.ZipInfo(name, _ZIP_DATE), (path / name).read_bytes())
+    return buffer.getvalue()
+
+
+def unpack(blob: bytes, directory: Path, expect_sha256: str) -> Path:
+    """Writes a packed bundle to `directory`, which must not exist, and verifies it.
+
+    Raises:
+        UserError: The bytes are not the expected bundle; nothing is left behind then.
+    """
+    draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=_made(directory.parent)))
+    try:
+        with zipfile.ZipFile(io.BytesIO(blob)) as archive:
+            for info in archive.infolist():
+                _place(draft, info.filename).write_bytes(archive.read(info))
+        verify(draft, expect_sha256)
+        os.replace(draft, directory)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise UserError(f"cannot unpack a bundle to {directory} ({error}); send it again") from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return directory
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _place(root: Path, name: str) -> Path:
+    """Where a file of an archive goes; its folder is made. Names that lead out of the root are refused."""
+    parts = PurePosixPath(name)
+    if parts.is_absolute() or ".." in parts.parts or "\\" in name or not parts.parts:
+        raise UserError(f"a packed bundle holds the file name {name!r}, which leads elsewhere; do not trust its sender")
+    target = root.joinpath(*parts.parts)
+    _made(target.parent)
+    return target
+
+
+def _file_names(root: Path) -> list[str]:
+    """All files but the top SHA256SUMS, as sorted POSIX paths relative to the root."""
+    files = (file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file())
+    return sorted(name for name in files if name != SUMS_FILE)
+
+
+def _hash(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sums(root: Path) -> str:
+    return "".join(f"{_hash(root / name)}  {name}\n" for name in _file_names(root))
+
+
+def _read_sums(path: Path) -> bytes:
+    try:
+        return (path / SUMS_FILE).read_bytes()
+    except OSError:
+        what = "is not a bundle (no SHA256SUMS)" if path.is_dir() else "does not exist"
+        raise UserError(f"{path} {what}; name the folder of an encoder or a policy") from None
+
+
+def _parse(line: str, path: Path) -> tuple[str, str]:
+    digest, separator, name = line.partition("  ")
+    if not separator or len(digest) != 64:
+        raise UserError(f"bundle {path}: a line of {SUMS_FILE} reads {line!r}; restore it or write the bundle again")
+    return name, digest

@@ -1,0 +1,363 @@
+"""What every training worker runs: the one training loop, for every latent-variable model.
+
+B is a worker's share of a batch, H and W the frame, Z the latent dimensions. Workers contact no tracking server: rank 0
+puts figures into a mailbox that the driver empties.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline import models
+from pipeline.artifact import LatentStats
+from pipeline.checkpoint import Progress, load_checkpoint, save_checkpoint
+from pipeline.errors import UserError
+from pipeline.models.distributions import bits_per_dim
+from pipeline.models.latent import ELBO, LatentModel, ModelConfig
+from pipeline.order import ReadingOrder
+from pipeline.pretrain_config import PretrainConfig
+from pipeline.store import FramesDataset
+from pipeline.stream import all_batches, sample_frames, training_batches
+
+SECONDS_BETWEEN_POSTS = 0.5
+EVALUATION_BATCH = 256
+
+
+@ray.remote(num_cpus=0)
+class Mailbox:
+    """Carries figures from rank 0 to the driver: (step, values) rows in order."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[int, dict[str, float]]] = []
+
+    def put(self, rows: list[tuple[int, dict[str, float]]]) -> None:
+        """Adds rows."""
+        self._rows += rows
+
+    def take(self) -> list[tuple[int, dict[str, float]]]:
+        """Empties the box."""
+        rows, self._rows = self._rows, []
+        return rows
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the driver hands to every worker.
+
+    Attributes:
+        model: Configuration of the model.
+        config: Settings of the training.
+        dataset: Opened in the driver; its address is absolute.
+        mailbox: Actor handle of a Mailbox.
+    """
+
+    model: ModelConfig
+    config: PretrainConfig
+    dataset: FramesDataset
+    mailbox: Any
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What rank 0 hands back; the weights are in the last checkpoint.
+
+    Attributes:
+        elbo_nats: Per frame, over the held-out split where there is one, else over the training split.
+        bits_per_dim: The same per pixel and in bits.
+        has_heldout: Whether there is a held-out split.
+        stats: Of the latents.
+        progress: At the end.
+        startup_s: From the start of the loop to the first batch.
+        steps_per_worker: Updates that each worker did in this session, by rank.
+    """
+
+    elbo_nats: float
+    bits_per_dim: float
+    has_heldout: bool
+    stats: LatentStats
+    progress: Progress
+    startup_s: float
+    steps_per_worker: tuple[int, ...]
+
+
+def train_loop(arguments: dict[str, Any]) -> Outcome:
+    """Entry point of a Ray Train worker; `arguments["job"]` is a Job."""
+    return _Worker(arguments["job"]).run()
+
+
+def learning_rate(config: PretrainConfig, step: int, num_steps: int) -> float:
+    """Linear warm-up, a constant part, and a linear fall over the last `decay_fraction` of `num_steps`."""
+    warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    left = (num_steps - step) / max(1.0, config.decay_fraction * num_steps)
+    return config.lr * warmup * max(config.final_lr_fraction, min(1.0, left))
+
+
+class _Worker:
+    """One rank's model, optimizer, data and clock."""
+
+    def __init__(self, job: Job) -> None:
+        self._job, self._config = job, job.config
+        self._started = time.perf_counter()
+        context = ray.train.get_context()
+        self._rank, self._num_workers = context.get_world_rank(), context.get_world_size()
+        torch.set_num_threads(self._config.num_threads or _cores() // context.get_local_world_size() or 1)
+        self._order = self._plan("train", self._config.batch_size, self._config.frames_per_epoch)
+        self._heldout = self._heldout_order()
+        self._model = self._build()
+        self._optimizer = torch.optim.Adam(self._model.parameters(), self._config.lr, fused=True)
+        self._progress = Progress(0, 0, 0, 0.0, 0.0, self._config.epochs)
+        self._restore()
+        self._parallel = ray.train.torch.prepare_model(self._model)
+        self._sampled = sample_frames(job.dataset, self._heldout, self._config.monitor_frames)
+        self._board = _Board(job, self._rank)
+        self._startup_s = 0.0
+        self._steps_here = 0
+
+    def run(self) -> Outcome:
+        """Trains to the end and sums up."""
+        first = self._progress.epoch
+        batches = training_batches(self._job.dataset, self._order, range(first, self._config.epochs), self._rank)
+        before = time.perf_counter()
+        while self._progress.epoch < self._progress.planned_epochs:
+            self._run_epoch(batches)
+            self._progress.total_s += time.perf_counter() - before
+            before = time.perf_counter()
+            self._plan_end()
+            self._report()
+        batches.close()
+        return self._sum_up()
+
+    def _plan(self, split: str, batch_size: int, epoch_frames: int) -> ReadingOrder:
+        return ReadingOrder.plan(
+            self._job.dataset,
+            split,
+            batch_size=batch_size,
+            num_workers=self._num_workers,
+            epoch_frames=epoch_frames,
+            seed=self._config.seed,
+        )
+
+    def _heldout_order(self) -> ReadingOrder:
+        """All frames of the held-out split, or of the training split where nothing is held out."""
+        dataset = self._job.dataset
+        has_heldout = "val" in dataset.episodes["split"].to_pylist()
+        batch_size = EVALUATION_BATCH * self._num_workers
+        return ReadingOrder.whole(dataset, "val" if has_heldout else "train", batch_size, self._num_workers)
+
+    def _build(self) -> LatentModel:
+        """The same model on every rank, with what it takes from data."""
+        torch.manual_seed(self._config.seed)
+        model = models.build(self._job.model)
+        model.initialise(sample_frames(self._job.dataset, self._order, self._config.monitor_frames))
+        return model
+
+    def _restore(self) -> None:
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is not None:
+            with checkpoint.as_directory() as folder:
+                self._progress = load_checkpoint(Path(folder), self._model, self._optimizer)
+
+    def _run_epoch(self, batches: Iterator[Tensor]) -> None:
+        self._seed(self._progress.epoch)
+        self._model.train()
+        began = time.perf_counter()
+        for _ in range(self._order.num_batches):
+            batch = next(batches)
+            if not self._startup_s:
+                began = time.perf_counter()
+                self._startup_s = began - self._started
+            self._step(batch)
+        self._progress.train_s += time.perf_counter() - began
+        self._progress.epoch += 1
+
+    def _seed(self, epoch: int) -> None:
+        torch.manual_seed(hash((self._config.seed, epoch, self._rank)) & (2**63 - 1))
+
+    def _step(self, batch_BHW: Tensor) -> None:
+        progress = self._progress
+        rate = learning_rate(self._config, progress.step, progress.planned_epochs * self._order.num_batches)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        terms = self._parallel(batch_BHW)
+        loss = terms.loss()
+        self._optimizer.zero_grad()
+        loss.backward()
+        self._optimizer.step()
+        progress.step += 1
+        progress.frames += self._order.batch_size
+        self._steps_here += 1
+        self._board.add(progress, terms, loss, rate)
+
+    def _plan_end(self) -> None:
+        """Where time is limited: ends after as many epochs as fit, the same number on every rank."""
+        progress = self._progress
+        if not self._config.max_seconds:
+            return
+        fitting = int(self._config.max_seconds / (progress.total_s / progress.epoch))
+        planned = torch.tensor(min(self._config.epochs, max(progress.epoch, fitting)))
+        if self._num_workers > 1:
+            dist.broadcast(planned, 0)
+        progress.planned_epochs = int(planned)
+
+    def _report(self) -> None:
+        """Ends an epoch: figures on held-out frames, and a checkpoint."""
+        figures = self._monitor()
+        self._board.post(self._progress, figures)
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = None
+            if self._rank == 0:
+                save_checkpoint(Path(folder), self._model, self._optimizer, self._progress)
+                checkpoint = ray.train.Checkpoint.from_directory(folder)
+            ray.train.report(figures, checkpoint, checkpoint_dir_name=f"epoch-{self._progress.epoch:05d}")
+
+    def _monitor(self) -> dict[str, float]:
+        """A quick look at a fixed sample of held-out frames."""
+        tally = _Tally(self._job.model.z_dim)
+        for batch in torch.split(self._sampled, EVALUATION_BATCH):
+            tally.add(self._model, batch)
+        return tally.figures(self._job.model, "heldout/")
+
+    def _sum_up(self) -> Outcome:
+        heldout, train = _Tally(self._job.model.z_dim), _Tally(self._job.model.z_dim)
+        self._seed(-1)
+        for batch in all_batches(self._job.dataset, self._heldout, self._rank):
+            heldout.add(self._model, batch)
+        for batch in self._statistics_batches():
+            train.add(self._model, batch)
+        heldout.reduce(self._num_workers)
+        train.reduce(self._num_workers)
+        self._board.flush(wait=True)
+        return Outcome(
+            elbo_nats=heldout.elbo,
+            bits_per_dim=bits_per_dim(heldout.elbo, self._job.model.height * self._job.model.width),
+            has_heldout=self._heldout.split == "val",
+            stats=train.stats(),
+            progress=self._progress,
+            startup_s=self._startup_s,
+            steps_per_worker=_gathered(self._steps_here, self._num_workers),
+        )
+
+    def _statistics_batches(self) -> Iterator[Tensor]:
+        """A random sample of the training split."""
+        frames = min(self._config.stats_frames or self._order.num_frames, self._order.num_frames)
+        order = self._plan("train", EVALUATION_BATCH * self._num_workers, max(frames, self._num_workers))
+        return training_batches(self._job.dataset, order, range(1), self._rank)
+
+
+class _Tally:
+    """Sums over frames of the ELBO and of the posterior's moments, float64."""
+
+    def __init__(self, z_dim: int) -> None:
+        self._sums = torch.zeros(2 + 3 * z_dim, dtype=torch.float64)
+
+    @torch.inference_mode()
+    def add(self, model: LatentModel, batch_BHW: Tensor) -> None:
+        """Adds a batch of frames."""
+        model.eval()
+        terms, mean_BZ = model.elbo(batch_BHW), model.features(batch_BHW).double()
+        parts = [terms.value.double().sum()[None], torch.tensor([float(len(batch_BHW))])]
+        parts += [mean_BZ.sum(0), mean_BZ.square().sum(0), terms.kl.double().sum(0)]
+        self._sums += torch.cat(parts)
+
+    def reduce(self, num_workers: int) -> None:
+        """Adds up what all workers have."""
+        if num_workers > 1:
+            dist.all_reduce(self._sums)
+
+    @property
+    def elbo(self) -> float:
+        """Nats per frame."""
+        return float(self._sums[0] / self._sums[1])
+
+    def stats(self) -> LatentStats:
+        """Mean and scale of the posterior means."""
+        mean, square, kl = (self._sums[2:] / self._sums[1]).view(3, -1)
+        return LatentStats.from_moments(mean, (square - mean.square()).clamp(min=0), kl)
+
+    def figures(self, model: ModelConfig, prefix: str) -> dict[str, float]:
+        """ELBO, bits/dim and active units, by name."""
+        return {
+            f"{prefix}elbo_nats": self.elbo,
+            f"{prefix}bits_per_dim": bits_per_dim(self.elbo, model.height * model.width),
+            f"{prefix}active_units": float(self.stats().num_active),
+        }
+
+
+class _Board:
+    """Rank 0's figures on their way to the driver: averaged over `log_every_steps`, posted in batches."""
+
+    def __init__(self, job: Job, rank: int) -> None:
+        self._job, self._is_silent = job, rank != 0
+        self._rows: list[tuple[int, dict[str, float]]] = []
+        self._sums: dict[str, float] = {}
+        self._posted = self._counted = time.perf_counter()
+
+    def add(self, progress: Progress, terms: ELBO, loss: Tensor, rate: float) -> None:
+        """Takes in the figures of one step.
+
+        Raises:
+            UserError: The loss is not a number.
+        """
+        every = self._job.config.log_every_steps
+        values = {"loss": float(loss.detach()), **_averages(terms)}
+        if not math.isfinite(values["loss"]):
+            raise UserError(f"training diverged: the loss at step {progress.step} is {values['loss']}; lower train.lr")
+        for key, value in values.items():
+            self._sums[key] = self._sums.get(key, 0.0) + value / every
+        if progress.step % every == 0:
+            self._row(progress, rate)
+
+    def _row(self, progress: Progress, rate: float) -> None:
+        now, config, model = time.perf_counter(), self._job.config, self._job.model
+        row = dict(self._sums, lr=rate, epoch=progress.epoch, frames=progress.frames)
+        row["bits_per_dim"] = bits_per_dim(row["elbo_nats"], model.height * model.width)
+        row["images_per_s"] = config.log_every_steps * progress.frames / progress.step / (now - self._counted)
+        self._sums, self._counted = {}, now
+        self.post(progress, row)
+
+    def post(self, progress: Progress, values: dict[str, float]) -> None:
+        """Queues figures of the present step."""
+        self._rows.append((progress.step, values))
+        if time.perf_counter() - self._posted > SECONDS_BETWEEN_POSTS:
+            self.flush()
+
+    def flush(self, *, wait: bool = False) -> None:
+        """Sends what is queued."""
+        rows, self._rows, self._posted = self._rows, [], time.perf_counter()
+        if not self._is_silent:
+            sent = self._job.mailbox.put.remote(rows)
+            if wait:
+                ray.get(sent)
+
+
+def _averages(terms: ELBO) -> dict[str, float]:
+    with torch.no_grad():
+        kl, likelihood = terms.kl.sum(-1).mean(), terms.log_likelihood.mean()
+    return {"elbo_nats": float(likelihood - kl), "kl_nats": float(kl), "log_likelihood_nats": float(likelihood)}
+
+
+def _gathered(value: int, num_workers: int) -> tuple[int, ...]:
+    """Everyone's value, by rank."""
+    if num_workers == 1:
+        return (value,)
+    values = [torch.zeros((), dtype=torch.int64) for _ in range(num_workers)]
+    dist.all_gather(values, torch.tensor(value))
+    return tuple(int(item) for item in values)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,137 @@
+"""Convolutional encoder and decoder for grey frames of any size.
+
+Shapes: B batch, Z latent dimensions, H height, W width, C channels, P patch side. Frames are padded at the bottom and
+the right to whole patches and whole strides; the decoder crops the padding off again.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.models.distributions import DEQUANTISATION_MEAN, DiagonalGaussian
+
+LEVELS = 256
+INITIAL_LOGVAR, INITIAL_LOGVAR_SPREAD = -2.0, 0.1
+INITIAL_BATCH = 256
+MIN_POSTERIOR_LOGVAR, MAX_POSTERIOR_LOGVAR = -12.0, 4.0
+
+
+class ResidualBlock(nn.Module):
+    """x + conv1x1(relu(conv3x3(relu(x)))), the identity at the start of training."""
+
+    def __init__(self, width: int) -> None:
+        """`width` is C."""
+        super().__init__()
+        self.spatial = nn.Conv2d(width, width, 3, padding=1)
+        self.mix = nn.Conv2d(width, width, 1)
+        nn.init.zeros_(self.mix.weight)
+        nn.init.zeros_(self.mix.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) to the same shape."""
+        out: Tensor = x + self.mix(F.relu(self.spatial(F.relu(x))))
+        return out
+
+
+def padded_size(height: int, width: int, patch: int, num_halvings: int) -> tuple[int, int]:
+    """The smallest size that holds (height, width) and divides into patches that halve `num_halvings` times."""
+    unit = patch * 2**num_halvings
+    return -(-height // unit) * unit, -(-width // unit) * unit
+
+
+def _grid(height: int, width: int, patch: int, num_halvings: int) -> tuple[int, int]:
+    """Size of the smallest feature map."""
+    padded_height, padded_width = padded_size(height, width, patch, num_halvings)
+    unit = patch * 2**num_halvings
+    return padded_height // unit, padded_width // unit
+
+
+def _blocks(width: int, count: int) -> list[nn.Module]:
+    return [ResidualBlock(width) for _ in range(count)]
+
+
+class ConvEncoder(nn.Module):
+    """Patch stem, residual blocks, strided convolutions, one linear layer to mean and log-variance of z.
+
+    The mean frame is subtracted first, so that what moves is what the network sees.
+    """
+
+    mean_frame: Tensor
+
+    def __init__(
+        self, height: int, width: int, z_dim: int, patch: int, widths: tuple[int, ...], num_blocks: int
+    ) -> None:
+        """Builds the layers; `widths` has one entry per resolution, each half of the one before."""
+        super().__init__()
+        halvings = len(widths) - 1
+        padded_height, padded_width = padded_size(height, width, patch, halvings)
+        self._padding = (0, padded_width - width, 0, padded_height - height)
+        self.register_buffer("mean_frame", torch.zeros(height, width))
+        layers: list[nn.Module] = [nn.PixelUnshuffle(patch), nn.Conv2d(patch * patch, widths[0], 1)]
+        layers += _blocks(widths[0], num_blocks)
+        for narrow, wide in itertools.pairwise(widths):
+            layers += [nn.Conv2d(narrow, wide, 2, stride=2), *_blocks(wide, num_blocks)]
+        self.layers = nn.Sequential(*layers, nn.ReLU(), nn.Flatten())
+        grid_height, grid_width = _grid(height, width, patch, halvings)
+        self.head = nn.Linear(widths[-1] * grid_height * grid_width, 2 * z_dim)
+
+    def forward(self, x: Tensor) -> DiagonalGaussian:
+        """q(z | x) of frames (B, H, W) uint8; the log-variance is held between -12 and 4."""
+        centred = (x - self.mean_frame) * (1 / LEVELS)
+        mean, logvar = self.head(self.layers(F.pad(centred, self._padding)[:, None])).chunk(2, dim=1)
+        return DiagonalGaussian(mean, logvar.clamp(MIN_POSTERIOR_LOGVAR, MAX_POSTERIOR_LOGVAR))
+
+    @torch.no_grad()
+    def standardise(self, frames: Tensor, mean_frame: Tensor) -> None:
+        """Sets the mean frame, then scales the head so that posterior means have mean 0 and variance 1 over a sample.
+
+        Args:
+            frames: (N, H, W) uint8.
+            mean_frame: (H, W) float32, levels.
+        """
+        self.mean_frame.copy_(mean_frame)
+        mean_NZ = torch.cat([self(batch).mean for batch in torch.split(frames, INITIAL_BATCH)])
+        scale_Z = mean_NZ.std(0, unbiased=False).clamp(min=1e-6)
+        rows = slice(0, len(scale_Z))
+        self.head.weight[rows] /= scale_Z[:, None]
+        self.head.bias[rows] = (self.head.bias[rows] - mean_NZ.mean(0)) / scale_Z
+        self.head.weight[len(scale_Z) :] *= INITIAL_LOGVAR_SPREAD
+        self.head.bias[len(scale_Z) :] = INITIAL_LOGVAR
+
+
+class ConvDecoder(nn.Module):
+    """The encoder mirrored: linear layer, residual blocks, pixel-shuffles, one map of pixels per output."""
+
+    def __init__(
+        self, height: int, width: int, z_dim: int, patch: int, widths: tuple[int, ...], num_blocks: int, num_maps: int
+    ) -> None:
+        """Builds the layers; arguments as for ConvEncoder, `num_maps` pixel maps come out."""
+        super().__init__()
+        self._size = (height, width)
+        grid = _grid(height, width, patch, len(widths) - 1)
+        self._seed_shape = (widths[-1], *grid)
+        self.seed = nn.Linear(z_dim, widths[-1] * grid[0] * grid[1])
+        layers: list[nn.Module] = _blocks(widths[-1], num_blocks)
+        for wide, narrow in zip(widths[:0:-1], widths[-2::-1]):
+            layers += [nn.Conv2d(wide, 4 * narrow, 1), nn.PixelShuffle(2), *_blocks(narrow, num_blocks)]
+        to_pixels = nn.Conv2d(widths[0], num_maps * patch * patch, 1)
+        nn.init.zeros_(to_pixels.weight)
+        nn.init.zeros_(to_pixels.bias)  # type: ignore[arg-type]
+        self.layers = nn.Sequential(*layers, nn.ReLU(), to_pixels, nn.PixelShuffle(patch))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Pixel maps (B, num_maps, H, W) of latents (B, Z); zero at the start of training."""
+        height, width = self._size
+        maps: Tensor = self.layers(self.seed(z).view(-1, *self._seed_shape))
+        return maps[..., :height, :width]
+
+
+def mean_and_logvar(frames: Tensor, min_variance: float) -> tuple[Tensor, Tensor]:
+    """Mean and log-variance (H, W) of dequantised pixels over frames (N, H, W) uint8, the variance floored."""
+    levels = frames.float()
+    variance = levels.var(0, unbiased=False).clamp(min=min_variance)
+    return levels.mean(0) + DEQUANTISATION_MEAN, variance.log()

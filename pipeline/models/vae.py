@@ -1,0 +1,108 @@
+"""The variational autoencoder of single frames (Kingma & Welling 2014), and beta-VAE as a field of its settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.models.distributions import DEQUANTISATION_MEAN, DEQUANTISATION_VARIANCE, PixelGaussian
+from pipeline.models.latent import LatentModel, ModelConfig, ModelSettings
+from pipeline.models.nets import LEVELS, ConvDecoder, ConvEncoder, mean_and_logvar
+
+VARIANCES = ("pixel_map", "pixel", "global")
+LOGVAR_RATE = 10.0  # log-variances travel far: this many times the optimizer's step
+
+
+@dataclass(frozen=True)
+class VAESettings(ModelSettings):
+    """What a recipe says about a VAE.
+
+    Attributes:
+        patch: Side of the square patches that the stem flattens, pixels.
+        widths: Channels at each resolution; every further entry halves the resolution once more.
+        num_blocks: Residual blocks per resolution.
+        variance: Variance of the pixels: "pixel_map" (the decoder gives one per pixel and frame), "pixel" (one learned
+            per pixel position, shared by all frames) or "global" (one number).
+        min_std: Floor of the pixels' standard deviation, levels. Dequantisation noise alone has 0.289, so a floor
+            below that never binds at the optimum; a higher one spends less of the bound on pixels that never change.
+    """
+
+    model: ClassVar[str] = "VAE"
+
+    patch: int = 6
+    widths: tuple[int, ...] = (64, 64)
+    num_blocks: int = 1
+    variance: str = "pixel_map"
+    min_std: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Refuses values that no model can be built from.
+
+        Raises:
+            ValueError: Names the field and its value.
+        """
+        if self.variance not in VARIANCES:
+            raise ValueError(f"variance is {self.variance!r}; choose one of {', '.join(VARIANCES)}")
+        if min(self.z_dim, self.patch, self.num_blocks + 1, *self.widths, len(self.widths)) < 1:
+            raise ValueError(f"z_dim, patch, widths and num_blocks must be positive: {self}")
+        if self.beta < 0 or self.min_std < math.sqrt(DEQUANTISATION_VARIANCE):
+            raise ValueError(f"beta {self.beta} must not be negative, nor min_std {self.min_std} below 0.289 levels")
+
+    def for_frames(self, height: int, width: int) -> VAEConfig:
+        """The complete configuration for frames of this size."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(VAESettings)}
+        return VAEConfig(**fields, height=height, width=width)
+
+
+@dataclass(frozen=True)
+class VAEConfig(ModelConfig, VAESettings):
+    """Everything needed to build a VAE: its settings and the size of the frames."""
+
+
+class VAE(LatentModel):
+    """p(z) = N(0, I); convolutional Gaussian encoder and decoder, both with mean and variance.
+
+    The decoder's output is added to a learned mean frame and log-variance frame. `initialise` sets them from data, and
+    scales the posterior means to unit variance: training starts at the best decoder without z and with a z that already
+    tells frames apart. Without that the KL wins before the decoder has learned to read z, and the posterior collapses.
+    """
+
+    config: VAEConfig
+    encoder: ConvEncoder
+    mean_frame: nn.Parameter
+    raw_logvar: nn.Parameter
+
+    def __init__(self, config: VAEConfig) -> None:
+        """Builds the networks with torch's current random state."""
+        super().__init__(config)
+        size = (config.height, config.width)
+        body = (*size, config.z_dim, config.patch, config.widths, config.num_blocks)
+        self.encoder = ConvEncoder(*body)
+        self.decoder = ConvDecoder(*body, num_maps=2 if config.variance == "pixel_map" else 1)
+        self._min_logvar = 2 * math.log(config.min_std)
+        self.mean_frame = nn.Parameter(torch.full(size, LEVELS / 2))
+        start = torch.tensor(2 * math.log(LEVELS / 4)) - self._min_logvar
+        self.raw_logvar = nn.Parameter((start if config.variance == "global" else start.expand(size)) / LOGVAR_RATE)
+
+    def decode(self, z: Tensor, c: Tensor | None = None) -> PixelGaussian:
+        """p(x | z) of latents (B, Z); the standard deviation never falls below `min_std`."""
+        maps = self.decoder(z)
+        mean = self.mean_frame + LEVELS * maps[:, 0]
+        raw = self.raw_logvar + maps[:, 1] if self.config.variance == "pixel_map" else self.raw_logvar
+        return PixelGaussian(mean, self._min_logvar + F.softplus(LOGVAR_RATE * raw))
+
+    @torch.no_grad()
+    def initialise(self, frames: Tensor) -> None:
+        """Sets what a sample of frames (N, H, W) uint8 tells: pixels' mean and variance, and the scale of the latents."""
+        mean, logvar = mean_and_logvar(frames, 1.1 * self.config.min_std**2)
+        if self.config.variance == "global":
+            logvar = logvar.exp().mean().log()
+        self.mean_frame.copy_(mean)
+        self.raw_logvar.copy_(torch.log(torch.expm1(logvar - self._min_logvar)) / LOGVAR_RATE)
+        self.encoder.standardise(frames, mean - DEQUANTISATION_MEAN)

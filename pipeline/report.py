@@ -1,0 +1,163 @@
+"""The page of a run: one HTML file with everything in it, good on a laptop and on a phone, that fetches nothing.
+
+What goes onto the page is a `ReportContent`; how it looks is in `report.html.j2`. Every text is escaped by the template
+engine, pictures are embedded, and a content security policy forbids scripts and any connection.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+
+from pipeline.charts import Chart, IntervalChart, interval_chart, percent, score
+from pipeline.gameplay import poster
+
+_MEDIA_TYPES = {".png": "image/png", ".gif": "image/gif", ".webp": "image/webp"}
+
+
+@dataclass(frozen=True)
+class Score:
+    """A row of the results: an agent's whole games.
+
+    Attributes:
+        agent: Who played ("random agent", "trained agent").
+        mean_return: Raw points a game.
+        ci95_low: Lower end of the 95% interval of the mean.
+        ci95_high: Upper end.
+        episodes: How many games.
+        human_normalised: 0 random agent, 1 human tester; None where nothing is published for the game.
+    """
+
+    agent: str
+    mean_return: float
+    ci95_low: float
+    ci95_high: float
+    episodes: int
+    human_normalised: float | None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG, GIF or WebP file to embed."""
+
+    path: Path
+    title: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One number worth a glance, for instance ("bits/dim", "0.113", "held out; lower is better")."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Names and values, for instance a resolved configuration."""
+
+    title: str
+    rows: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Command:
+    """Something to type next, and why."""
+
+    why: str
+    line: str
+
+
+@dataclass(frozen=True)
+class ReportContent:
+    """Everything that a page shows. What is absent or went wrong is named in `remarks` and so said on the page.
+
+    Attributes:
+        title: Headline.
+        subtitle: One sentence below it.
+        summary: One sentence with the result; may be empty.
+        stages: The way from frames to an agent, one fact a stage.
+        scores: Results of whole games.
+        gameplay: The film.
+        curve: Learning curve of the agent.
+        curve_note: How to read it.
+        encoder_facts: Numbers of the encoder.
+        encoder_curve: Learning curve of the encoder.
+        pictures: What the encoder has learned.
+        settings: Resolved configurations.
+        provenance: Digests, versions, run ids.
+        commands: What to type next.
+        remarks: Section name (results, gameplay, curve, encoder, pictures, settings, provenance) to the sentences that
+            say what is not there, and how to get it, or what went wrong.
+    """
+
+    title: str
+    subtitle: str
+    summary: str = ""
+    stages: list[Fact] = field(default_factory=list)
+    scores: list[Score] = field(default_factory=list)
+    gameplay: Picture | None = None
+    curve: Chart | None = None
+    curve_note: str = ""
+    encoder_facts: list[Fact] = field(default_factory=list)
+    encoder_curve: Chart | None = None
+    pictures: list[Picture] = field(default_factory=list)
+    settings: list[Table] = field(default_factory=list)
+    provenance: list[Table] = field(default_factory=list)
+    commands: list[Command] = field(default_factory=list)
+    remarks: Mapping[str, list[str]] = field(default_factory=dict)
+
+
+def write_report(out: Path, content: ReportContent) -> Path:
+    """Writes the page.
+
+    Args:
+        out: The .html file; replaced in one step when it exists.
+        content: What to show. Its pictures are read now and embedded.
+
+    Returns:
+        `out`.
+
+    Raises:
+        OSError: A picture cannot be read or the page not written.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"score": score, "percent": percent}
+    page = environment.get_template("report.html.j2").render(
+        content=content, intervals=_intervals(content.scores), embed=_embed, still=_still
+    )
+    partial = out.with_name(out.name + ".partial")
+    partial.write_text(page.lstrip(), encoding="utf-8")
+    os.replace(partial, out)
+    return out
+
+
+def _intervals(scores: list[Score]) -> IntervalChart | None:
+    results = [(row.agent, row.mean_return, row.ci95_low, row.ci95_high) for row in scores]
+    return interval_chart(results) if results else None
+
+
+def _embed(path: Path) -> Markup:
+    return _data_uri(_MEDIA_TYPES[path.suffix], path.read_bytes())
+
+
+def _still(path: Path) -> Markup:
+    return _data_uri("image/png", poster(path))
+
+
+def _data_uri(media_type: str, data: bytes) -> Markup:
+    return Markup(f"data:{media_type};base64,{base64.b64encode(data).decode()}")

@@ -1,0 +1,145 @@
+"""The frames dataset: columns, types, footer keys, version, and the record of how its frames were made."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.errors import UserError
+
+SCHEMA_VERSION = 1
+RAM_BYTES = 128
+ROW_GROUP_ROWS = 1024
+
+VERSION_KEY = b"latentrl.schema_version"
+SHAPE_KEY = b"latentrl.shape"
+DTYPE_KEY = b"latentrl.dtype"
+PREPROCESS_KEY = b"latentrl.preprocess"
+
+EPISODES_FILE = "meta/episodes.parquet"
+MANIFEST_FILE = "meta/manifest.json"
+
+EPISODES_SCHEMA = pa.schema(
+    [
+        ("episode_id", pa.int64()),
+        ("file", pa.string()),
+        ("first_row", pa.int64()),
+        ("length", pa.int64()),
+        ("return", pa.float64()),
+        ("seed", pa.int64()),
+        ("split", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Everything that decides what a frame of a game looks like and which actions lead to it.
+
+    Stored with every dataset, encoder and policy. Two parts of the pipeline fit together when their records agree in
+    every field but `ale_version`.
+    """
+
+    game: str
+    protocol: str
+    ale_version: str
+    rom_md5: str
+    frame_skip: int
+    sticky_probability: float
+    max_pool: bool
+    height: int
+    width: int
+    grayscale: bool
+    resize: str
+    action_set: tuple[str, ...]
+    noop_max: int
+    fire_reset: bool
+
+    @property
+    def frame_bytes(self) -> int:
+        """Bytes of one frame: height x width, one grey byte a pixel."""
+        return self.height * self.width
+
+    def to_json(self) -> str:
+        """One-line JSON with sorted keys."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Preprocess:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            UserError: Not a JSON object with exactly these keys and types.
+        """
+        try:
+            record = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"the preprocess record is not JSON ({error}); it was not written by latentrl") from None
+        if not isinstance(record, dict):
+            raise UserError(f"the preprocess record is a {type(record).__name__}, not an object")
+        return cls(**{field.name: _typed(record, field) for field in _checked_fields(cls, record)})
+
+    def require_match(self, other: Preprocess, *, mine: str, theirs: str) -> None:
+        """Refuses to combine what was made from differently prepared frames.
+
+        Args:
+            other: The record to compare with.
+            mine: What this record belongs to, for the message ("the encoder").
+            theirs: What the other belongs to ("the environment").
+
+        Raises:
+            UserError: Names each field that differs, with both values.
+        """
+        names = [f.name for f in dataclasses.fields(self) if f.name != "ale_version"]
+        differing = [n for n in names if getattr(self, n) != getattr(other, n)]
+        if differing:
+            both = "; ".join(f"{n}: {mine} has {getattr(self, n)!r}, {theirs} {getattr(other, n)!r}" for n in differing)
+            raise UserError(f"{mine} and {theirs} prepare frames differently ({both}); use matching ones")
+
+
+def _checked_fields(cls: type[Preprocess], record: dict[str, Any]) -> tuple[dataclasses.Field[Any], ...]:
+    fields = dataclasses.fields(cls)
+    names = {f.name for f in fields}
+    if set(record) != names:
+        wrong = sorted(set(record) ^ names)
+        raise UserError(f"the preprocess record has unknown or missing keys {wrong}; it needs {sorted(names)}")
+    return fields
+
+
+def _typed(record: dict[str, Any], field: dataclasses.Field[Any]) -> Any:
+    value = record[field.name]
+    if field.name == "action_set":
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise UserError(f"the preprocess record's action_set is {value!r}, not a list of action names")
+        return tuple(value)
+    expected: tuple[type, ...] = {"str": (str,), "int": (int,), "bool": (bool,), "float": (float, int)}[str(field.type)]
+    if not isinstance(value, expected) or (field.type == "int" and isinstance(value, bool)):
+        raise UserError(f"the preprocess record's {field.name} is {value!r}, not a {field.type}")
+    return value
+
+
+def frames_schema(preprocess: Preprocess, *, with_ram: bool) -> pa.Schema:
+    """Arrow schema of a frames file; the footer metadata makes each file self-describing."""
+    columns = [
+        pa.field("episode_id", pa.int64(), nullable=False),
+        pa.field("t", pa.int32(), nullable=False),
+        pa.field("obs", pa.binary(preprocess.frame_bytes), nullable=False),
+        pa.field("action", pa.int32()),
+        pa.field("reward", pa.float32(), nullable=False),
+        pa.field("terminated", pa.bool_(), nullable=False),
+        pa.field("truncated", pa.bool_(), nullable=False),
+        pa.field("lives", pa.int8(), nullable=False),
+    ]
+    if with_ram:
+        columns.append(pa.field("ram", pa.binary(RAM_BYTES), nullable=False))
+    metadata = {
+        VERSION_KEY: str(SCHEMA_VERSION).encode(),
+        SHAPE_KEY: json.dumps([preprocess.height, preprocess.width]).encode(),
+        DTYPE_KEY: b"uint8",
+        PREPROCESS_KEY: preprocess.to_json().encode(),
+    }
+    return pa.schema(columns, metadata=metadata)

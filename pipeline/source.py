@@ -1,0 +1,121 @@
+"""A frames dataset as a source of Ray Data: one read task per chunk of rows, pages checked, bad files named."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+
+from pipeline.errors import UserError
+from pipeline.order import RowRange
+from pipeline.store import FramesDataset
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the files of a dataset lie; small, since it travels with every read task."""
+
+    filesystem: pafs.FileSystem
+    root: str
+    uri: str
+
+    @classmethod
+    def of(cls, dataset: FramesDataset) -> Place:
+        """The place of an opened dataset."""
+        return cls(dataset.filesystem, dataset.root, dataset.uri)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one task reads: ranges of rows, shuffled with a seed of its own; None keeps their order."""
+
+    ranges: tuple[RowRange, ...]
+    seed: tuple[int, ...] | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows."""
+        return sum(rows.num_rows for rows in self.ranges)
+
+    def read(self, place: Place, columns: Sequence[str]) -> pa.Table:
+        """The chunk's rows as one table.
+
+        Raises:
+            UserError: A file is damaged or unreadable; it is named.
+        """
+        table = pa.concat_tables(read_rows(place, rows, columns) for rows in self.ranges).combine_chunks()
+        if self.seed is None:
+            return table
+        return table.take(np.random.default_rng(self.seed).permutation(table.num_rows))
+
+
+class FramesSource(Datasource):
+    """Reads chunks of a dataset, each in a task of its own, in the given order where Ray Data preserves order."""
+
+    def __init__(self, place: Place, chunks: Sequence[Chunk], columns: Sequence[str], row_bytes: int) -> None:
+        """`row_bytes`: about what a row takes in memory, by which Ray Data plans."""
+        super().__init__()
+        self._place, self._chunks, self._columns, self._row_bytes = place, chunks, columns, row_bytes
+
+    def get_name(self) -> str:
+        """Shown in Ray's statistics."""
+        return "Frames"
+
+    def estimate_inmemory_data_size(self) -> int:
+        """Bytes of all chunks."""
+        return sum(chunk.num_rows for chunk in self._chunks) * self._row_bytes
+
+    def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
+        """One task per chunk, whatever the parallelism: the chunks are part of the order."""
+        return [ReadTask(self._reader(chunk), self._metadata(chunk)) for chunk in self._chunks]
+
+    def _reader(self, chunk: Chunk) -> Callable[[], list[pa.Table]]:
+        return functools.partial(_read_blocks, chunk, self._place, tuple(self._columns))
+
+    def _metadata(self, chunk: Chunk) -> BlockMetadata:
+        rows = chunk.num_rows
+        return BlockMetadata(num_rows=rows, size_bytes=rows * self._row_bytes, exec_stats=None, input_files=None)
+
+
+def _read_blocks(chunk: Chunk, place: Place, columns: tuple[str, ...]) -> list[pa.Table]:
+    return [chunk.read(place, columns)]
+
+
+def read_rows(place: Place, rows: RowRange, columns: Sequence[str]) -> pa.Table:
+    """A range of rows of one file.
+
+    Raises:
+        UserError: The file is damaged or unreadable; it is named.
+    """
+    try:
+        with place.filesystem.open_input_file(f"{place.root}/{rows.file}") as source:
+            return _slice(pq.ParquetFile(source, page_checksum_verification=True), rows, columns)
+    except (pa.ArrowException, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{rows.file} of dataset {place.uri} is damaged or unreadable ({reason}); "
+            f"`latentrl data check {place.uri}` names every bad file"
+        ) from None
+
+
+def _slice(parquet: pq.ParquetFile, rows: RowRange, columns: Sequence[str]) -> pa.Table:
+    groups: list[int] = []
+    first_row = start = 0
+    for index in range(parquet.metadata.num_row_groups):
+        stop = start + parquet.metadata.row_group(index).num_rows
+        if start < rows.stop and stop > rows.start:
+            first_row = first_row if groups else start
+            groups.append(index)
+        start = stop
+    if start < rows.stop:
+        raise pa.ArrowInvalid(f"it ends at row {start}, before row {rows.stop}")
+    table = parquet.read_row_groups(groups, columns=list(columns), use_threads=False)
+    return table.slice(rows.start - first_row, rows.num_rows)

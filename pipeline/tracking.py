@@ -1,0 +1,325 @@
+"""Runs: what a stage tells the tracking server, journalled first so that no failure of the server reaches training."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import math
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from pipeline import machine, server
+from pipeline.delivery import BATCHED, MAX_PARAM_CHARS, SLOW, Delivery
+from pipeline.errors import TrackingPending, UserError
+from pipeline.outbox import Outbox, Refused
+from pipeline.server import Address
+
+RUN_FILE = "run.json"
+SYSTEM_METRICS_EVERY_S = 10.0
+CLOSE_PATIENCE_S = 15.0
+REPORTED_PACKAGES = ("latentrl", "torch", "ray", "mlflow", "numpy", "pyarrow", "ale-py")
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What `run.json` in a run's folder holds: enough to go on with the run, or to deliver its journal.
+
+    Attributes:
+        run_id, experiment_id: MLflow's ids.
+        uri: The tracking address, without credentials.
+        name, stage: As given at the start.
+        started_ms: Milliseconds since the epoch.
+    """
+
+    run_id: str
+    experiment_id: str
+    uri: str
+    name: str
+    stage: str
+    started_ms: int
+
+    def address(self, given: str | None = None) -> Address:
+        """The run's address; taken from `given` when that is the same one, for the credentials it may carry."""
+        own = Address.parse(self.uri)
+        other = Address.parse(given) if given else own
+        return other if other == own else own
+
+    def write(self, folder: Path) -> None:
+        """Writes the record atomically."""
+        temporary = folder / f"{RUN_FILE}.tmp"
+        temporary.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        temporary.replace(folder / RUN_FILE)
+
+    @classmethod
+    def read(cls, folder: Path) -> RunRecord:
+        """Reads a run's record.
+
+        Raises:
+            UserError: The folder is not a run's, or its record is damaged.
+        """
+        path = folder / RUN_FILE
+        try:
+            return cls(**json.loads(path.read_text()))
+        except FileNotFoundError:
+            raise UserError(f"{folder} is not a run's folder: it has no {RUN_FILE}") from None
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error}); restore it or start a new run") from None
+
+
+class Tracking:
+    """A tracking server (or sqlite file) and the experiment in it.
+
+    Args:
+        uri: `sqlite:////absolute/path.db` or `http(s)://host:port`.
+        experiment: Created when it does not exist.
+
+    Raises:
+        UserError: The address is malformed.
+    """
+
+    def __init__(self, uri: str, experiment: str = "latentrl") -> None:
+        self.address = Address.parse(uri)
+        self.uri = self.address.uri
+        self.experiment = experiment
+
+    def check(self) -> None:
+        """Makes sure that the server answers, before any work starts. Creates a sqlite file that does not exist.
+
+        Raises:
+            UserError: It does not answer within 20 s, or cannot be used.
+        """
+        server.check(self.address, may_create=True)
+
+    def start_run(self, name: str, *, stage: str, folder: Path, parent_run_id: str | None = None) -> Run:
+        """Creates a run on the server and its journal in `folder`.
+
+        Args:
+            name: Shown in the UI.
+            stage: "pretrain", "train", ...
+            folder: The run's folder; made if need be.
+            parent_run_id: The run to nest this one under.
+
+        Raises:
+            UserError: The server does not answer, or the folder already has a run.
+        """
+        folder = folder.absolute()
+        if (folder / RUN_FILE).exists():
+            raise UserError(f"{folder} already has a run; give --resume to go on with it, or another folder")
+        _make(folder)
+        client = server.check(self.address, may_create=True)
+        tags = {
+            "stage": stage,
+            "mlflow.source.type": "LOCAL",
+            "mlflow.source.name": f"latentrl {stage}",
+            **({"mlflow.parentRunId": parent_run_id} if parent_run_id else {}),
+            **({"mlflow.source.git.commit": commit} if (commit := _git_commit()) else {}),
+        }
+        try:
+            experiment = server.ask(self.address, lambda: server.experiment_id(client, self.experiment, self.address))
+            info = server.ask(self.address, lambda: client.create_run(experiment, tags=tags, run_name=name)).info
+        except Refused as error:
+            raise UserError(f"experiment {self.experiment!r} at {self.uri} cannot be used: {error}") from None
+        record = RunRecord(info.run_id, experiment, self.uri, name, stage, info.start_time)
+        record.write(folder)
+        run = Run(folder, record, self.address)
+        run.set_tags({f"version.{package}": version for package, version in _versions().items()})
+        return run
+
+    def resume_run(self, folder: Path) -> Run:
+        """Goes on with the run that `folder` belongs to.
+
+        Raises:
+            UserError: The folder has no run, the run is another server's, or the server does not answer or know it.
+        """
+        folder = folder.absolute()
+        record = RunRecord.read(folder)
+        if record.uri != self.uri:
+            raise UserError(f"run {folder.name} is tracked at {record.uri}, not {self.uri}; give --tracking-uri")
+        client = server.check(self.address, may_create=False)
+        try:
+            server.ask(self.address, lambda: client.get_run(record.run_id))
+        except Refused as error:
+            raise UserError(f"run {record.run_id} of {folder} is gone from {self.uri}: {error}") from None
+        run = Run(folder, record, self.address)
+        run.outbox.append("status", {"status": "RUNNING"})
+        return run
+
+
+class Run:
+    """One run being written. Nothing here contacts the server or raises for its absence: a thread delivers.
+
+    As a context manager it closes itself: FINISHED, FAILED after an exception, KILLED after Ctrl-C.
+
+    Args:
+        folder: The run's folder.
+        record: What its `run.json` holds.
+        address: Of its server, with credentials if there are any.
+
+    Raises:
+        UserError: Another process is writing this run.
+    """
+
+    def __init__(self, folder: Path, record: RunRecord, address: Address) -> None:
+        self.folder, self.record = folder, record
+        self.run_id, self.uri = record.run_id, record.uri
+        self.pending = False
+        self.outbox = open_outbox(folder, record, address)
+        self.outbox.start()
+        self._keys_warned: set[str] = set()
+        self._is_closed = False
+        self._stop_meter = machine.every(SYSTEM_METRICS_EVERY_S, self._log_machine)
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Logs settings; nested mappings become dotted keys. A key's value can be set once in a run's life."""
+        for key, value in flatten(params).items():
+            self.outbox.append("param", {"key": key, "value": str(value)[:MAX_PARAM_CHARS]})
+
+    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Logs figures of one step, with the present time. NaN and infinities are left out, said once a key."""
+        finite = {key: float(value) for key, value in values.items() if math.isfinite(value)}
+        for key in values.keys() - finite.keys() - self._keys_warned:
+            self._keys_warned.add(key)
+            log.warning("metric %s is %s at step %d: not sent to MLflow", key, values[key], step)
+        if finite:
+            self.outbox.append("metrics", {"step": int(step), "values": finite})
+
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
+        """Sets tags; unlike parameters they can change."""
+        for key, value in tags.items():
+            self.outbox.append("tag", {"key": key, "value": str(value)})
+
+    def log_file(self, path: Path, artifact_dir: str = "") -> None:
+        """Uploads a file, as it is when its turn comes."""
+        self.outbox.append("file", {"path": str(Path(path).absolute()), "directory": artifact_dir})
+
+    def log_folder(self, path: Path, artifact_dir: str) -> None:
+        """Uploads a folder's content, as it is when its turn comes."""
+        self.outbox.append("folder", {"path": str(Path(path).absolute()), "directory": artifact_dir})
+
+    def log_dataset(self, uri: str, name: str, digest: str, context: str) -> None:
+        """Records a dataset as an input of this run.
+
+        Args:
+            uri: Where it is.
+            name: Shown in the UI.
+            digest: sha256 of its manifest. MLflow keeps 36 characters of it; tag `dataset.digest` has all.
+            context: What it was used for ("pretrain").
+        """
+        self.outbox.append("dataset", {"uri": str(uri), "name": name, "digest": digest, "context": context})
+        self.set_tags({"dataset.uri": uri, "dataset.digest": digest})
+
+    def log_encoder_input(self, model_uri: str | None, version: str | None, sha256: str) -> None:
+        """Records the encoder that this run uses, as a model input where it is a registered version.
+
+        Args:
+            model_uri: `models:/NAME/3` as `resolve` gave it, another address, or None for a folder.
+            version: The version number, None when it is not a registered one.
+            sha256: Of the bundle.
+        """
+        self.set_tags({"encoder.uri": model_uri or "", "encoder.version": version or "", "encoder.sha256": sha256})
+        if model_uri and version and model_uri.startswith("models:/"):
+            name = model_uri.removeprefix("models:/").rpartition("/")[0]
+            self.outbox.append("model_input", {"name": name, "version": str(version)})
+
+    def close(self, status: Status = "FINISHED") -> None:
+        """Ends the run and waits for delivery while it makes progress; sets `pending` when something stays behind.
+
+        Gives up when the server has been away for 15 s.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._stop_meter()
+        self.outbox.append("status", {"status": status})
+        self.pending = self.outbox.close(CLOSE_PATIENCE_S) > 0
+
+    def require_delivered(self) -> None:
+        """For a stage's end, after `close`.
+
+        Raises:
+            TrackingPending: Operations are still in the journal.
+        """
+        if self.pending:
+            raise TrackingPending(pending_message(self.folder, self.uri, self.outbox))
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close("FINISHED")
+        else:
+            self.close("FAILED" if issubclass(kind, Exception) else "KILLED")
+
+    def _log_machine(self, figures: dict[str, float]) -> None:
+        seconds = time.time() - self.record.started_ms / 1000
+        self.log_metrics(figures, step=int(seconds / SYSTEM_METRICS_EVERY_S))
+
+
+def open_outbox(folder: Path, record: RunRecord, address: Address, *, lock_wait_s: float = 0.0) -> Outbox:
+    """The run's journal with its way to the server; delivery has not started.
+
+    Raises:
+        UserError: Another process is writing this run.
+    """
+    delivery = Delivery(address, record.experiment_id, record.run_id)
+    return Outbox(folder, delivery, batched=BATCHED, slow=SLOW, lock_wait_s=lock_wait_s)
+
+
+def pending_message(folder: Path, uri: str, outbox: Outbox) -> str:
+    """One line for the user about a journal that could not be delivered to its end."""
+    return (
+        f"the work is done, but {outbox.num_pending} entries of run {folder.name} have not reached {uri} "
+        f"({outbox.last_error or 'it is slow'}); they are safe in {folder}; "
+        f"when it is back, run: latentrl sync {folder.name}"
+    )
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one level with dotted keys: {"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the run's folder {folder} ({error.strerror}); give another --home") from None
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def _versions() -> dict[str, str]:
+    installed = {}
+    for package in REPORTED_PACKAGES:
+        try:
+            installed[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return installed

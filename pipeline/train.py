@@ -1,0 +1,269 @@
+"""Pretraining: Ray Train runs the one training loop on its workers, the driver hears the figures and writes the bundle.
+
+A training has a name within a storage path. Its record there says what it was started with; only `resume` goes on with
+it, and only with the same settings and the same dataset.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as pafs
+import ray
+import ray.train
+from ray.train.torch import TorchTrainer
+from safetensors.torch import load_file
+
+from pipeline import models
+from pipeline.artifact import save_encoder
+from pipeline.checkpoint import MODEL_FILE
+from pipeline.errors import UserError
+from pipeline.loop import Job, Mailbox, Outcome, train_loop
+from pipeline.models.latent import LatentModel, ModelConfig, ModelSettings
+from pipeline.order import ReadingOrder
+from pipeline.pretrain_config import PretrainConfig
+from pipeline.store import FramesDataset, locate, write_atomically
+
+__all__ = ["PretrainConfig", "PretrainResult", "cpus_needed", "num_steps", "pretrain"]
+
+RECORD_FILE = "pretrain.json"
+KEPT_CHECKPOINTS = 2
+SECONDS_BETWEEN_LOOKS = 0.3
+
+OnMetrics = Callable[[dict[str, float], int], None]
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """A finished pretraining.
+
+    Attributes:
+        bundle_path: The encoder bundle.
+        sha256: Of the bundle.
+        elbo_nats: Per frame; over held-out episodes if `has_heldout`, else over the training frames.
+        bits_per_dim: The same per pixel and in bits.
+        has_heldout: Whether the dataset has held-out episodes.
+        active_units: Latent dimensions whose posterior mean varies by more than 0.01 (variance).
+        z_dim: All latent dimensions.
+        images_per_s: Frames trained on per second of training steps, waiting for data included.
+        startup_s: From the start of the workers' loop to their first batch.
+        seconds: Of all epochs, evaluation and checkpoints included.
+        steps: Updates.
+        steps_per_worker: Updates that each worker did since it was started, by rank.
+    """
+
+    bundle_path: Path
+    sha256: str
+    elbo_nats: float
+    bits_per_dim: float
+    has_heldout: bool
+    active_units: int
+    z_dim: int
+    images_per_s: float
+    startup_s: float
+    seconds: float
+    steps: int
+    steps_per_worker: tuple[int, ...]
+
+
+def cpus_needed(config: PretrainConfig) -> float:
+    """CPUs that Ray must have: one a worker, and one for Ray Data, without which the workers would wait for ever."""
+    return config.num_workers + 1.0
+
+
+def num_steps(config: PretrainConfig, dataset: FramesDataset) -> int:
+    """Updates of a whole training.
+
+    Raises:
+        UserError: The dataset is too small for the workers, or the batch cannot be shared.
+    """
+    return config.epochs * _order(config, dataset).num_batches
+
+
+def pretrain(
+    settings: ModelSettings,
+    config: PretrainConfig,
+    dataset: FramesDataset,
+    storage_path: str,
+    run_name: str,
+    bundle_path: Path,
+    *,
+    resume: bool = False,
+    on_metrics: OnMetrics = lambda metrics, step: None,
+) -> PretrainResult:
+    """Trains a model on a dataset's training split with Ray Train; Ray must be running.
+
+    Args:
+        settings: Of the model.
+        config: Of the training.
+        dataset: Opened; its files are read by the workers.
+        storage_path: Folder or pyarrow.fs address that all nodes see; checkpoints go to a folder in it.
+        run_name: That folder's name.
+        bundle_path: Where the encoder bundle is written.
+        resume: Go on with the training of that name from its last checkpoint.
+        on_metrics: Called with (figures, step) in a thread of this process, in order; after a resumption steps that
+            were done since the last checkpoint come again.
+
+    Raises:
+        UserError: The training exists already and `resume` is False, or the reverse; it was started with other settings
+            (each is named); a file of the dataset is damaged; training diverged.
+    """
+    order = _order(config, dataset)
+    model = settings.for_frames(dataset.preprocess.height, dataset.preprocess.width)
+    filesystem, root = locate(storage_path)
+    _claim(filesystem, f"{root}/{run_name}", _record(model, config, dataset), run_name, resume=resume)
+    with _mail(on_metrics) as mailbox:
+        job = Job(model, config, dataset, mailbox)
+        result = _fit(job, filesystem, root, run_name)
+    if resume and bundle_path.exists():
+        shutil.rmtree(bundle_path)
+    return _finish(job, order, result, bundle_path)
+
+
+def _order(config: PretrainConfig, dataset: FramesDataset) -> ReadingOrder:
+    return ReadingOrder.plan(
+        dataset,
+        "train",
+        batch_size=config.batch_size,
+        num_workers=config.num_workers,
+        epoch_frames=config.frames_per_epoch,
+        seed=config.seed,
+    )
+
+
+def _record(model: ModelConfig, config: PretrainConfig, dataset: FramesDataset) -> dict[str, Any]:
+    """What must be the same for a training to go on, in flat keys."""
+    record = {f"model.{key}": value for key, value in models.to_record(model).items()}
+    record |= {f"train.{key}": value for key, value in asdict(config).items()}
+    record["dataset digest"] = dataset.digest
+    return dict(json.loads(json.dumps(record)))
+
+
+def _claim(filesystem: pafs.FileSystem, folder: str, record: dict[str, Any], name: str, *, resume: bool) -> None:
+    """Records a new training, or makes sure that the one to resume is the same."""
+    path = f"{folder}/{RECORD_FILE}"
+    exists = filesystem.get_file_info(path).type == pafs.FileType.File
+    if exists and not resume:
+        raise UserError(f"a training exists already at {folder}; add --resume to go on with it, or use another folder")
+    if resume and not exists:
+        raise UserError(f"there is no training to resume at {folder}; start one without --resume")
+    if resume:
+        _require_same(json.loads(filesystem.open_input_stream(path).read()), record, folder)
+        return
+    try:
+        filesystem.create_dir(folder, recursive=True)
+        write_atomically(filesystem, path, json.dumps(record, indent=1).encode())
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror or error}); name a writable folder") from None
+
+
+def _require_same(stored: dict[str, Any], record: dict[str, Any], folder: str) -> None:
+    keys = [key for key in {**stored, **record} if stored.get(key) != record.get(key)]
+    if keys:
+        both = "; ".join(f"{key}: started with {stored.get(key)!r}, now {record.get(key)!r}" for key in keys)
+        raise UserError(
+            f"the training at {folder} cannot go on with other settings ({both}); use the same or start anew"
+        )
+
+
+@contextlib.contextmanager
+def _mail(on_metrics: OnMetrics) -> Iterator[Any]:
+    """A mailbox whose content a thread hands to `on_metrics`; all of it has been handed over at the end."""
+    mailbox = Mailbox.remote()  # type: ignore[attr-defined]
+    has_ended = threading.Event()
+    failures: list[BaseException] = []
+
+    def hand_over() -> None:
+        for step, values in ray.get(mailbox.take.remote()):
+            on_metrics(values, step)
+
+    def watch() -> None:
+        try:
+            while not has_ended.wait(SECONDS_BETWEEN_LOOKS):
+                hand_over()
+        except Exception as error:  # raised again in the driver's own thread
+            failures.append(error)
+
+    thread = threading.Thread(target=watch, name="pretrain-metrics", daemon=True)
+    thread.start()
+    try:
+        yield mailbox
+    finally:
+        has_ended.set()
+        thread.join()
+    if failures:
+        raise failures[0]
+    hand_over()
+    ray.kill(mailbox)
+
+
+def _fit(job: Job, filesystem: pafs.FileSystem, root: str, name: str) -> ray.train.Result:
+    """Runs the workers to the end."""
+    trainer = TorchTrainer(
+        train_loop,
+        train_loop_config={"job": job},
+        scaling_config=ray.train.ScalingConfig(num_workers=job.config.num_workers, resources_per_worker={"CPU": 1}),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=root,
+            storage_filesystem=filesystem,
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
+            failure_config=ray.train.FailureConfig(max_failures=job.config.max_failures),
+        ),
+    )
+    try:
+        return trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        for failure in getattr(error, "worker_failures", {}).values():
+            reason = getattr(failure, "cause", failure)
+            if isinstance(reason, UserError):
+                raise UserError(*reason.args) from None
+        raise
+
+
+def _finish(job: Job, order: ReadingOrder, result: ray.train.Result, bundle_path: Path) -> PretrainResult:
+    """Writes the bundle from the last checkpoint and the workers' outcome."""
+    outcome: Outcome = result.return_value
+    model = _trained(job.model, result)
+    card = _card(job, order, outcome)
+    sha256 = save_encoder(bundle_path, model, outcome.stats, job.dataset.preprocess, card)
+    progress = outcome.progress
+    return PretrainResult(
+        bundle_path=bundle_path,
+        sha256=sha256,
+        elbo_nats=outcome.elbo_nats,
+        bits_per_dim=outcome.bits_per_dim,
+        has_heldout=outcome.has_heldout,
+        active_units=outcome.stats.num_active,
+        z_dim=job.model.z_dim,
+        images_per_s=progress.frames / progress.train_s,
+        startup_s=outcome.startup_s,
+        seconds=progress.total_s,
+        steps=progress.step,
+        steps_per_worker=outcome.steps_per_worker,
+    )
+
+
+def _trained(config: ModelConfig, result: ray.train.Result) -> LatentModel:
+    model = models.build(config)
+    with result.checkpoint.as_directory() as folder:
+        model.load_state_dict(load_file(Path(folder) / MODEL_FILE))
+    return model.eval()
+
+
+def _card(job: Job, order: ReadingOrder, outcome: Outcome) -> dict[str, Any]:
+    """Facts for the model card."""
+    where = "held-out episodes" if outcome.has_heldout else "training frames (nothing was held out)"
+    return {
+        "Trained on": f"{order.num_frames} frames of dataset {job.dataset.digest[:16]}",
+        "Training": f"{outcome.progress.step} updates of {order.batch_size} frames, seed {job.config.seed}",
+        "ELBO": f"{outcome.elbo_nats:.1f} nats a frame, {outcome.bits_per_dim:.4f} bits/dim, on {where}",
+        "beta": job.model.beta,
+    }

@@ -1,0 +1,1 @@
+"""Distributed Q-learning on latents, as an extension of RLlib."""

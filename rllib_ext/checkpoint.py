@@ -1,0 +1,58 @@
+"""A run's checkpoint folder: sealed by SHA256SUMS, marked with the run, replaced as a whole; no pickle in it.
+
+state.json, state.safetensors   learner (weights, target, optimizers), counters, random states
+replay/                         one .npy file a column
+run                             the id of the run that wrote it
+SHA256SUMS                      one line a file
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline import bundle
+from pipeline.errors import UserError
+
+_RUN = "run"
+
+
+def write_checkpoint(path: Path, run_id: str, write: Callable[[Path], None]) -> None:
+    """Replaces the checkpoint at `path` by a new one.
+
+    Args:
+        path: Its folder.
+        run_id: Marks whose it is.
+        write: Fills the empty folder that it is given.
+    """
+    fresh, old = path.with_name(f"{path.name}.new"), path.with_name(f"{path.name}.old")
+    shutil.rmtree(fresh, ignore_errors=True)
+    with bundle.writing(fresh) as draft:
+        write(draft)
+        (draft / _RUN).write_text(run_id)
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    fresh.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def find_checkpoint(path: Path) -> Path | None:
+    """The checkpoint at `path`, also where a run was killed between two renames; None if there is none."""
+    candidates = (path, path.with_name(f"{path.name}.new"), path.with_name(f"{path.name}.old"))
+    return next((folder for folder in candidates if (folder / bundle.SUMS_FILE).is_file()), None)
+
+
+def verify_checkpoint(path: Path, run_id: str) -> None:
+    """Refuses a checkpoint that another run wrote or whose bytes have changed.
+
+    Raises:
+        UserError: Names the file, or both runs.
+    """
+    bundle.verify(path)
+    writer = (path / _RUN).read_text()
+    if writer != run_id:
+        raise UserError(
+            f"the checkpoint {path} was written by run {writer!r}, not by {run_id!r}; a run resumes only its own"
+        )

@@ -1,0 +1,226 @@
+"""`LatentDQNConfig`: the settings of `LatentDQN` in RLlib's builder style, checked before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.rllib.connectors.env_to_module import EnvToModulePipeline
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.rllib.env import INPUT_ENV_SINGLE_SPACES
+
+from pipeline import artifact
+from pipeline.errors import UserError
+from pipeline.schema import Preprocess
+from rllib_ext.connectors import EncodeObservations, StackObservations
+from rllib_ext.learner import LatentDQNLearner
+from rllib_ext.module import SPEC_KEY, LatentQModule, QModuleSpec
+from rllib_ext.runner import EnvFactory, LatentEnvRunner, atari_factory
+from rllib_ext.settings import MODES, DQNSettings, QConfig, replace_known
+from rllib_ext.shared_bundle import SharedBundle
+
+if TYPE_CHECKING:
+    from typing import Self
+
+__all__ = ["DQNSettings", "LatentDQNConfig", "QConfig"]
+
+# RLlib's own settings that LatentDQN honours. Every other one must keep its default.
+_HONOURED = {
+    "num_env_runners",
+    "num_cpus_per_env_runner",
+    "custom_resources_per_env_runner",
+    "validate_env_runners_after_construction",
+    "seed",
+    "log_level",
+    "min_time_s_per_iteration",
+    "callbacks_on_algorithm_init",
+    "callbacks_on_train_result",
+}
+# Attributes that latent(), training() or RLlib itself set.
+_OWN = {
+    *("mode", "preprocess", "encoder_path", "encoder_sha256", "encoder_config", "env_factory", "run_id"),
+    *("settings", "q", "z_dim", "bundle"),
+    *("algo_class", "class", "_is_frozen", "in_evaluation", "_per_module_overrides", "policies", "simple_optimizer"),
+}
+
+
+class LatentDQNConfig(AlgorithmConfig):
+    """Settings of a `LatentDQN` run.
+
+    Example:
+        config = (
+            LatentDQNConfig()
+            .latent(preprocess=preprocess_for("pong"), mode="frozen", encoder="path/of/a/bundle")
+            .training(lr=1e-4, n_step=3)
+            .env_runners(num_env_runners=1)
+            .debugging(seed=0)
+        )
+        algorithm = config.build_algo()
+    """
+
+    def __init__(self, algo_class: Any = None) -> None:
+        """Complete defaults, except for the game's preprocessing and the encoder."""
+        if algo_class is None:
+            from rllib_ext.algorithm import LatentDQN
+
+            algo_class = LatentDQN
+        super().__init__(algo_class=algo_class)
+        self.env_runner_cls = LatentEnvRunner
+        self.framework_str = "torch"
+        self.merge_env_runner_states = False
+        self.broadcast_env_runner_states = False
+        self.torch_skip_nan_gradients = True  # a check per parameter and update that costs more than it finds
+        self.restart_failed_env_runners = False  # a dead runner ends the run, which can be resumed; nothing is hidden
+        self.mode = "frozen"
+        self.preprocess: Preprocess | None = None
+        self.encoder_path: Path | None = None
+        self.encoder_sha256: str | None = None
+        self.encoder_config: Any = None
+        self.env_factory: EnvFactory = atari_factory
+        self.run_id = ""
+        self.settings = DQNSettings()
+        self.q = QConfig()
+        self.z_dim = 0  # read from the encoder by validate()
+        self.bundle: SharedBundle | None = None  # put into the object store by the algorithm
+        self.training()
+
+    def latent(self, **choices: Any) -> Self:
+        """What is played and what Q reads.
+
+        Args:
+            choices: Any of `preprocess` (of the environment's frames), `mode` ("frozen", "finetune" or "pixels"),
+                `encoder` (folder of an encoder bundle; not for pixels), `encoder_sha256` (what the bundle must hash
+                to), `encoder_config` (the architecture, for pixels), `q` (a QConfig), `env_factory` (callable
+                (preprocess, num_envs, num_threads) -> VectorAtari; the ALE by default) and `run_id` (written into
+                checkpoints; only this run's are resumed).
+
+        Raises:
+            UserError: An unknown choice.
+        """
+        fields = {"encoder": "encoder_path"}
+        known = ("preprocess", "mode", "encoder", "encoder_sha256", "encoder_config", "q", "env_factory", "run_id")
+        for name, value in choices.items():
+            if name not in known:
+                raise UserError(f"unknown choice {name!r} of LatentDQNConfig.latent; it takes {', '.join(known)}")
+            setattr(self, fields.get(name, name), Path(value) if name == "encoder" and value is not None else value)
+        return self
+
+    def training(self, settings: DQNSettings | None = None, **changes: Any) -> Self:
+        """Settings of the Q-learning: a whole DQNSettings, or single fields of it.
+
+        Raises:
+            UserError: An unknown field; the nearest is named.
+        """
+        self.settings = replace_known(settings or self.settings, changes)
+        for name, value in self._rllib_settings().items():
+            setattr(self, name, value)
+        return self
+
+    def validate(self) -> None:
+        """Refuses what cannot work, in one line, before any process is started.
+
+        Raises:
+            UserError: See there.
+        """
+        if self.in_evaluation:  # RLlib derives this copy and never uses it, since evaluation is refused
+            super().validate()
+            return
+        self._refuse_unsupported()
+        self._check_choices()
+        self.settings.check(self.num_lanes)
+        self._read_encoder()
+        super().validate()
+
+    @property
+    def num_lanes(self) -> int:
+        """Environments of all runners."""
+        return max(1, self.num_env_runners) * self.settings.envs_per_runner
+
+    def _refuse_unsupported(self) -> None:
+        if self.is_multi_agent:
+            raise UserError("LatentDQN plays with one agent; drop multi_agent(...)")
+        defaults = vars(LatentDQNConfig(algo_class=self.algo_class).training(self.settings))
+        for name, value in vars(self).items():
+            if name in _HONOURED or name in _OWN:
+                continue
+            if name not in defaults or _differs(value, defaults[name]):
+                raise UserError(
+                    f"LatentDQN does not support the setting {name}={value!r}; leave it at its default "
+                    f"{defaults.get(name)!r}"
+                )
+
+    def _check_choices(self) -> None:
+        if self.mode not in MODES:
+            raise UserError(f"unknown mode {self.mode!r}; choose one of {', '.join(MODES)}")
+        if self.preprocess is None:
+            raise UserError("no preprocess given; pass latent(preprocess=preprocess_for(GAME))")
+        if self.mode == "pixels" and self.encoder_config is None:
+            raise UserError("mode pixels needs an architecture; pass latent(encoder_config=...)")
+        if self.mode == "pixels" and self.encoder_path is not None:
+            raise UserError(f"mode pixels takes no encoder, and {self.encoder_path} was given; drop one of the two")
+        if self.mode != "pixels" and self.encoder_path is None:
+            raise UserError(f"mode {self.mode} needs an encoder bundle; pass latent(encoder=FOLDER)")
+
+    def _read_encoder(self) -> None:
+        assert self.preprocess is not None
+        if self.encoder_path is None:
+            self.z_dim = artifact.from_scratch(self.encoder_config, self.preprocess).z_dim
+            return
+        encoder = artifact.load_encoder(
+            self.encoder_path, expect_sha256=self.encoder_sha256, preprocess=self.preprocess
+        )
+        if not self._is_frozen:
+            self.z_dim, self.encoder_sha256, self.encoder_config = encoder.z_dim, encoder.sha256, encoder.config
+
+    def _rllib_settings(self) -> dict[str, Any]:
+        """What our settings mean in RLlib's words."""
+        return {
+            "lr": self.settings.lr,
+            "gamma": self.settings.gamma,
+            "grad_clip": self.settings.grad_clip or None,
+            "grad_clip_by": "global_norm",
+            "num_envs_per_env_runner": self.settings.envs_per_runner,
+            "rollout_fragment_length": self.settings.fragment_length,
+            "train_batch_size_per_learner": self.settings.batch_size,
+        }
+
+    def get_state(self) -> dict[str, Any]:
+        """Without the reference into the object store, which ends with the process."""
+        return {**super().get_state(), "bundle": None}
+
+    def get_default_learner_class(self) -> type[LatentDQNLearner]:
+        """LatentDQNLearner."""
+        return LatentDQNLearner
+
+    def get_default_rl_module_spec(self) -> RLModuleSpec:
+        """LatentQModule in this mode."""
+        assert self.preprocess is not None
+        spec = QModuleSpec(
+            mode=self.mode,
+            preprocess=self.preprocess,
+            z_dim=self.z_dim,
+            q=self.q,
+            settings=self.settings,
+            encoder_config=self.encoder_config,
+            bundle=self.bundle,
+        )
+        return RLModuleSpec(module_class=LatentQModule, model_config={SPEC_KEY: spec})
+
+    def build_env_to_module_connector(
+        self, env: Any = None, spaces: Any = None, device: Any = None
+    ) -> EnvToModulePipeline:
+        """Frames to what Q reads: encoding (frozen mode only), then stacking; no episodes."""
+        single = (
+            spaces[INPUT_ENV_SINGLE_SPACES] if env is None else (env.single_observation_space, env.single_action_space)
+        )
+        pieces: list[Any] = [StackObservations(stack=self.settings.stack)]
+        if self.mode == "frozen":
+            assert self.bundle is not None
+            assert self.preprocess is not None
+            pieces.insert(0, EncodeObservations(bundle=self.bundle, preprocess=self.preprocess, z_dim=self.z_dim))
+        return EnvToModulePipeline(input_observation_space=single[0], input_action_space=single[1], connectors=pieces)
+
+
+def _differs(value: Any, default: Any) -> bool:
+    return bool(value is not default and value != default)

@@ -1,0 +1,135 @@
+"""The Q module of RLlib's new API stack, in three modes.
+
+    frozen    reads stacked latents; the encoder is not in the module at all
+    finetune  reads stacked frames; the pretrained encoder is inside and trained with its own rate
+    pixels    reads stacked frames; the same encoder architecture from scratch: the baseline
+
+Shapes: B batch, K stacked observations, Z latent units, A actions.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from ray.rllib.core.columns import Columns
+from ray.rllib.core.rl_module.apis import InferenceOnlyAPI, QNetAPI, TargetNetworkAPI
+from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
+from torch import Tensor
+
+from pipeline import artifact
+from pipeline.artifact import Encoder
+from pipeline.schema import Preprocess
+from rllib_ext.networks import QHead, QNetwork
+from rllib_ext.settings import DQNSettings, QConfig
+from rllib_ext.shared_bundle import SharedBundle
+
+QF_PREDS = "qf_preds"
+QF_NEXT_PREDS = "qf_next_preds"
+QF_TARGET_NEXT_PREDS = "qf_target_next_preds"
+SPEC_KEY = "latent"
+
+
+@dataclass(frozen=True)
+class QModuleSpec:
+    """What it takes to build the module on a learner or a rollout worker.
+
+    Attributes:
+        mode: "frozen", "finetune" or "pixels".
+        preprocess: The environment's frames.
+        z_dim: Length of a latent.
+        q: The head.
+        settings: The run's settings (stack, exploration schedule).
+        encoder_config: The encoder's architecture.
+        bundle: The pretrained encoder; None in pixels mode.
+    """
+
+    mode: str
+    preprocess: Preprocess
+    z_dim: int
+    q: QConfig
+    settings: DQNSettings
+    encoder_config: Any
+    bundle: SharedBundle | None
+
+    def build_encoder(self) -> Encoder | None:
+        """The encoder that belongs inside the module; None in frozen mode."""
+        if self.mode == "frozen":
+            return None
+        if self.mode == "finetune":
+            assert self.bundle is not None
+            return self.bundle.load(self.preprocess)
+        return artifact.from_scratch(self.encoder_config, self.preprocess)
+
+    def build_network(self, num_actions: int) -> QNetwork:
+        """The online network with fresh head weights."""
+        head = QHead(self.settings.stack, self.z_dim, num_actions, self.q)
+        return QNetwork(head, self.build_encoder())
+
+
+class LatentQModule(TorchRLModule, QNetAPI, TargetNetworkAPI, InferenceOnlyAPI):
+    """Q-values of stacked observations, epsilon-greedy on the way out, a target network on the learner."""
+
+    def setup(self) -> None:
+        """Builds the online network from `model_config["latent"]`, a QModuleSpec."""
+        self.spec: QModuleSpec = self.model_config[SPEC_KEY]
+        self.num_actions = int(self.action_space.n)
+        self.network = self.spec.build_network(self.num_actions)
+
+    def make_target_networks(self) -> None:
+        """Copies the online network; called once, on the learner."""
+        self.target = copy.deepcopy(self.network).requires_grad_(False)
+
+    def get_target_network_pairs(self) -> list[tuple[torch.nn.Module, torch.nn.Module]]:
+        """[(online, target)]."""
+        return [(self.network, self.target)]
+
+    def get_non_inference_attributes(self) -> list[str]:
+        """What rollout workers are not sent."""
+        return ["target"]
+
+    def compute_q_values(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Values of `obs` (B, K, ...), as {"qf_preds": (B, A) float32}."""
+        return {QF_PREDS: self.network(batch[Columns.OBS])}
+
+    @torch.no_grad()
+    def forward_target(self, batch: dict[str, Any]) -> Tensor:
+        """The target network's values (B, A) of `new_obs`."""
+        values: Tensor = self.target(batch[Columns.NEXT_OBS])
+        return values
+
+    def _forward_train(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Values of `obs` with gradient, and both networks' values of `new_obs` without."""
+        outputs = self.compute_q_values(batch)
+        with torch.no_grad():
+            outputs[QF_NEXT_PREDS] = self.network(batch[Columns.NEXT_OBS])
+        outputs[QF_TARGET_NEXT_PREDS] = self.forward_target(batch)
+        return outputs
+
+    @torch.inference_mode()
+    def _forward_inference(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Greedy `actions` (B,) int64."""
+        outputs: dict[str, Any] = self.compute_q_values(batch)
+        outputs[Columns.ACTIONS] = outputs[QF_PREDS].argmax(1)
+        return outputs
+
+    @torch.inference_mode()
+    def _forward_exploration(
+        self, batch: dict[str, Any], t: int = 0, generator: torch.Generator | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Epsilon-greedy `actions` (B,) int64.
+
+        Args:
+            batch: `obs` (B, K, ...).
+            t: Agent steps taken so far by all runners; sets epsilon.
+            generator: Source of the random choices; torch's global one if None.
+            kwargs: For RLlib.
+        """
+        outputs = self._forward_inference(batch)
+        greedy = outputs[Columns.ACTIONS]
+        is_random = torch.rand(len(greedy), generator=generator) < self.spec.settings.epsilon(t)
+        random = torch.randint(self.num_actions, greedy.shape, generator=generator)
+        outputs[Columns.ACTIONS] = torch.where(is_random, random, greedy)
+        return outputs

@@ -1,0 +1,167 @@
+"""The settings of the Q-learning: typed, frozen, complete, and checked together before anything starts.
+
+Imports neither Ray nor torch, so recipes and the command line can read it at no cost.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pipeline.errors import UserError
+
+T = TypeVar("T")
+
+MODES = ("frozen", "finetune", "pixels")
+
+
+@dataclass(frozen=True)
+class QConfig:
+    """The Q network on top of the stacked features.
+
+    Attributes:
+        hidden: Widths of the hidden layers.
+        layer_norm: Whether each hidden layer is normalised before its nonlinearity (Ba et al. 2016).
+    """
+
+    hidden: tuple[int, ...] = (512,)
+    layer_norm: bool = True
+
+
+@dataclass(frozen=True)
+class DQNSettings:
+    """Everything that decides a run of Q-learning besides the network, the game and the mode.
+
+    Attributes:
+        lr: Adam's rate for the Q network.
+        encoder_lr: Adam's rate for the encoder, in the modes that train it.
+        adam_epsilon: Adam's epsilon, for both.
+        batch_size: Transitions per update.
+        gamma: Discount per agent step.
+        n_step: Rewards summed before the bootstrap.
+        stack: Latents or frames that Q sees at once.
+        updates_per_agent_step: The replay ratio: cumulative updates over agent steps after the warm-up.
+        replay_capacity: Rows (frames or latents) that the replay holds, over all environments.
+        warmup_agent_steps: Agent steps before the first update.
+        epsilon_start: Chance of a random action at the start.
+        epsilon_end: And from `epsilon_decay_agent_steps` on; linear in between.
+        epsilon_decay_agent_steps: See above; counted over all runners, from the start.
+        target_update_updates: Updates between copies to the target network; 0 when `target_tau` is used.
+        target_tau: Share of the network blended into the target after every update; 0 when copies are used.
+        envs_per_runner: Environments stepped together by one runner.
+        fragment_length: Vector steps that a runner takes between two exchanges with the learner.
+        reward_clip: Learning sees rewards cut to [-reward_clip, reward_clip]; 0 leaves them alone.
+        life_loss_ends_bootstrap: Whether no value is carried over the loss of a life (the game goes on).
+        grad_clip: Greatest norm of a gradient, per optimizer; 0 leaves them alone.
+        runner_threads: Threads of a remote runner, for its environments and for torch.
+        learner_threads: Threads of torch in the driver.
+    """
+
+    lr: float = 1e-4
+    encoder_lr: float = 1e-5
+    adam_epsilon: float = 1.5e-4
+    batch_size: int = 32
+    gamma: float = 0.99
+    n_step: int = 3
+    stack: int = 4
+    updates_per_agent_step: float = 0.25
+    replay_capacity: int = 200_000
+    warmup_agent_steps: int = 2_000
+    epsilon_start: float = 1.0
+    epsilon_end: float = 0.02
+    epsilon_decay_agent_steps: int = 20_000
+    target_update_updates: int = 1_000
+    target_tau: float = 0.0
+    envs_per_runner: int = 16
+    fragment_length: int = 8
+    reward_clip: float = 1.0
+    life_loss_ends_bootstrap: bool = True
+    grad_clip: float = 10.0
+    runner_threads: int = 1
+    learner_threads: int = 1
+
+    def epsilon(self, agent_steps: int) -> float:
+        """Chance of a random action after so many agent steps."""
+        done = min(1.0, agent_steps / max(1, self.epsilon_decay_agent_steps))
+        return self.epsilon_start + done * (self.epsilon_end - self.epsilon_start)
+
+    def due_updates(self, agent_steps: int) -> int:
+        """Updates that the replay ratio allows in total after so many agent steps."""
+        return max(0, int((agent_steps - self.warmup_agent_steps) * self.updates_per_agent_step + 1e-9))
+
+    def replace(self, **changes: Any) -> DQNSettings:
+        """A copy with some fields changed; an unknown one is a UserError that names the nearest."""
+        return replace_known(self, changes)
+
+    def check(self, num_lanes: int) -> None:
+        """Refuses settings that cannot work together.
+
+        Args:
+            num_lanes: Environments of all runners.
+
+        Raises:
+            UserError: The first problem: what, the value seen, what to do.
+        """
+        for name, is_sound, advice in _FIELD_RULES:
+            value = getattr(self, name)
+            if not is_sound(value):
+                raise UserError(f"train.{name} is {value}; {advice}")
+        self._check_exploration()
+        self._check_sizes(num_lanes)
+
+    def _check_exploration(self) -> None:
+        if (self.target_tau > 0) == (self.target_update_updates > 0):
+            raise UserError(
+                f"train.target_tau is {self.target_tau} and train.target_update_updates is "
+                f"{self.target_update_updates}; set exactly one of them above 0"
+            )
+
+    def _check_sizes(self, num_lanes: int) -> None:
+        if self.replay_capacity < self.batch_size:
+            raise UserError(
+                f"train.replay_capacity is {self.replay_capacity}, less than one batch of "
+                f"{self.batch_size} (train.batch_size); raise it"
+            )
+        if self.n_step > self.fragment_length:
+            raise UserError(
+                f"train.n_step is {self.n_step}, longer than a fragment of {self.fragment_length} "
+                f"steps (train.fragment_length); lower the one or raise the other"
+            )
+        lane_rows = self.replay_capacity // num_lanes
+        needed = 2 * (self.stack + self.n_step) + self.fragment_length
+        if lane_rows < needed:
+            raise UserError(
+                f"train.replay_capacity is {self.replay_capacity}, {lane_rows} rows for each of {num_lanes} "
+                f"environments; raise it to at least {needed * num_lanes}"
+            )
+        if self.warmup_agent_steps < num_lanes * (self.n_step + 1):
+            raise UserError(
+                f"train.warmup_agent_steps is {self.warmup_agent_steps}, too few for {num_lanes} environments to fill "
+                f"one {self.n_step}-step return each; raise it to at least {num_lanes * (self.n_step + 1)}"
+            )
+
+
+_POSITIVE: tuple[Callable[[Any], bool], str] = (lambda v: v > 0, "it must be above 0")
+_NATURAL: tuple[Callable[[Any], bool], str] = (lambda v: v >= 0, "it must be 0 or more")
+_SHARE: tuple[Callable[[Any], bool], str] = (lambda v: 0 <= v <= 1, "it must lie between 0 and 1")
+_FIELD_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    *((name, *_POSITIVE) for name in ("lr", "encoder_lr", "adam_epsilon", "batch_size", "n_step", "stack")),
+    *((name, *_POSITIVE) for name in ("updates_per_agent_step", "replay_capacity", "envs_per_runner")),
+    *((name, *_POSITIVE) for name in ("fragment_length", "runner_threads", "learner_threads")),
+    *((name, *_NATURAL) for name in ("warmup_agent_steps", "epsilon_decay_agent_steps", "reward_clip", "grad_clip")),
+    *((name, *_NATURAL) for name in ("target_update_updates",)),
+    *((name, *_SHARE) for name in ("gamma", "epsilon_start", "epsilon_end", "target_tau")),
+)
+
+
+def replace_known(settings: T, changes: dict[str, Any]) -> T:
+    """`dataclasses.replace` whose unknown names are a UserError naming the nearest field."""
+    names = [field.name for field in dataclasses.fields(settings)]  # type: ignore[arg-type]
+    for name in changes:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+            raise UserError(f"unknown setting {name!r}; the nearest is {near!r}")
+    return dataclasses.replace(settings, **changes)  # type: ignore[type-var]

@@ -1,0 +1,100 @@
+"""The train stage's real entry point at toy size: Pong, a tiny untrained encoder, one remote rollout worker."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import ray
+import torch
+from rl_toys import make_encoder
+
+from jobs import train
+from jobs.recipes import TrainRecipe
+from jobs.workspace import Workspace
+from pipeline.atari import preprocess_for
+from pipeline.errors import UserError
+from pipeline.models.vae import VAESettings
+from rllib_ext.policy import load_policy
+from rllib_ext.settings import DQNSettings, QConfig
+
+TINY = VAESettings(z_dim=8, patch=12, widths=(8,), num_blocks=0)
+
+
+RECIPE = TrainRecipe(
+    name="toy",
+    q=QConfig(hidden=(16,)),
+    train=DQNSettings(envs_per_runner=4, fragment_length=8, warmup_agent_steps=64, replay_capacity=2_000, batch_size=8),
+    model=TINY,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray_session():
+    ray.init(num_cpus=2, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def workspace(tmp_path) -> Workspace:
+    return Workspace.at(str(tmp_path / "home"))
+
+
+def make_pong_encoder(tmp_path):
+    return str(make_encoder(tmp_path / "encoder", preprocess_for("pong"), TINY, standardise=False))
+
+
+def run(workspace, encoder, **changes):
+    settings = {"game": "Pong", "encoder": encoder, "mode": "frozen", "agent_steps": 150, "num_env_runners": 1}
+    return train.run(workspace, changes.pop("recipe", RECIPE), **{**settings, **changes})
+
+
+def test_train_then_resume(workspace, tmp_path):
+    torch.set_num_threads(1)
+    encoder = make_pong_encoder(tmp_path)
+    result = run(workspace, encoder)
+    assert result["encoder_sha256_before"] == result["encoder_sha256_after"]
+    assert sum(result["steps_per_worker"].values()) == result["agent_steps"] >= 150
+    assert len(result["steps_per_worker"]) == result["num_remote_env_runners"] == 1
+    assert result["updates"] == RECIPE.train.due_updates(result["agent_steps"])
+    folder = workspace.find_run(result["run_id"])
+    assert json.loads((folder / "result.json").read_text()) == result
+    policy = load_policy(result["policy"])
+    assert policy.preprocess == preprocess_for("pong")
+    assert policy.act(np.zeros((2, 84, 84), np.uint8), np.ones(2, bool)).shape == (2,)
+    again = run(workspace, encoder, agent_steps=250, resume=True)
+    assert again["run_id"] == result["run_id"]
+    assert again["agent_steps"] >= 250
+    assert again["updates"] == RECIPE.train.due_updates(again["agent_steps"])
+    assert again["encoder_sha256_before"] == result["encoder_sha256_before"]
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+    assert steps[-1] == again["agent_steps"]
+    with pytest.raises(UserError, match=r"started with other settings \(seed: 0 then, 5 now\)"):
+        run(workspace, encoder, seed=5, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"game": "pongg"}, "did you mean pong"),
+        ({"game": "breakout"}, "game: the encoder .* has 'pong', the environment 'breakout'"),
+        ({"mode": "thawed"}, "unknown mode 'thawed'; choose one of frozen, finetune, pixels"),
+        ({"encoder": None}, "mode frozen needs a pretrained encoder; give --encoder"),
+        ({"mode": "pixels"}, "leave out --encoder"),
+        ({"encoder": "models:/nobody@champion"}, "there is no tracking database"),
+        ({"encoder": "no/such/folder"}, "no/such/folder"),
+        ({"num_env_runners": 1000}, "1000 rollout workers need 1000 CPUs"),
+        ({"agent_steps": 0}, "--agent-steps is 0"),
+        ({"resume": True}, "no train-pong-frozen run with a checkpoint"),
+        ({"recipe": replace(RECIPE, train=DQNSettings(replay_capacity=8))}, "replay_capacity is 8"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing_behind(workspace, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message) as caught:
+        run(workspace, **{"encoder": make_pong_encoder(tmp_path), **changes})
+    assert "\n" not in str(caught.value)
+    assert not list(workspace.runs.glob("*"))
