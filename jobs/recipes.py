@@ -46,14 +46,18 @@ class TrainRecipe:
     model: VAESettings
 
 
-_VAE = PretrainRecipe("vae", VAESettings(), PretrainConfig())
-_DQN = TrainRecipe("dqn", QConfig(), DQNSettings(), VAESettings())
+# Latents on a 7 x 7 grid find Pong's ball within a minute of training; a flat z had not after four (docs/log.md).
+_GRID = VAESettings(latent_channels=8, widths=(32, 32))
+_FLAT = VAESettings(z_dim=256, widths=(64, 64))
+_VAE = PretrainRecipe("vae", _GRID, PretrainConfig(epochs=5))
+_DQN = TrainRecipe("dqn", QConfig(), DQNSettings(), _GRID)
 
 PRETRAIN_RECIPES = {
     recipe.name: recipe
     for recipe in (
         _VAE,
-        replace(_VAE, name="beta-vae", model=replace(_VAE.model, beta=4.0)),
+        replace(_VAE, name="flat", model=_FLAT, train=PretrainConfig(epochs=20)),
+        replace(_VAE, name="beta-vae", model=replace(_FLAT, beta=4.0), train=PretrainConfig(epochs=20)),
         replace(_VAE, name="demo"),
     )
 }

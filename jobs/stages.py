@@ -11,6 +11,7 @@ from pipeline.protocols import PROTOCOLS, RESOLUTIONS
 
 Options = argparse.Namespace
 Result = dict[str, Any]
+EVALUATED = ("mean_return", "ci95_low", "ci95_high", "episodes", "human_normalised")
 
 
 def add_stages(stages: Any) -> None:
@@ -237,7 +238,7 @@ def _evaluate(stages: Any) -> None:
     details = "Full games on raw points, greedy; the interval is a bootstrap over episodes (10,000 resamples, 95%)."
     p = _stage(
         stages, "evaluate", "play whole games with a policy and score it", details, run,
-        lambda r: _facts(r, *"policy mean_return ci95_low ci95_high episodes human_normalised run_folder".split()),
+        lambda r: _facts(r, "policy", *EVALUATED, "run_folder"),
     )  # fmt: skip
     p.add_argument("policy", metavar="POLICY", help="a policy's folder or registry address, or random:GAME")
     p.add_argument("--episodes", type=int, default=20)

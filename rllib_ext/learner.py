@@ -97,6 +97,16 @@ class LatentDQNLearner(TorchLearner):
         )
         return functional.smooth_l1_loss(predicted_B, target_B)
 
+    def postprocess_gradients_for_module(
+        self, *, module_id: str, config: Any = None, module_gradients_dict: dict[Any, Any]
+    ) -> dict[Any, Any]:
+        """Clips the norm of the gradients of each optimizer in place, in one pass over all of its parameters."""
+        bound = self.config.settings.grad_clip
+        if bound:
+            for _, optimizer in self.get_optimizers_for_module(module_id):
+                nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], bound, foreach=True)
+        return module_gradients_dict
+
     def update(
         self,
         *,

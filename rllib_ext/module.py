@@ -90,6 +90,10 @@ class LatentQModule(TorchRLModule, QNetAPI, TargetNetworkAPI, InferenceOnlyAPI):
         """What rollout workers are not sent."""
         return ["target"]
 
+    def train(self, mode: bool = True) -> LatentQModule:
+        """As in torch, at no cost where the mode does not change; RLlib calls it for every forward pass."""
+        return self if self.training == mode else super().train(mode)
+
     def compute_q_values(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Values of `obs` (B, K, ...), as {"qf_preds": (B, A) float32}."""
         return {QF_PREDS: self.network(batch[Columns.OBS])}

@@ -14,11 +14,13 @@ import torch
 from catch import VectorCatch, catch_preprocess
 from rl_toys import make_encoder, toy_config
 
+from pipeline.bundle import sha256_of
 from pipeline.errors import UserError
 from pipeline.models.vae import VAESettings
 from rllib_ext.algorithm import RESULTS_KEY, LatentDQN
 from rllib_ext.policy import PolicyConfig, load_policy, save_policy
 from rllib_ext.settings import QConfig
+from rllib_ext.shared_bundle import SharedBundle
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -202,6 +204,16 @@ def test_a_checkpoint_of_another_run_or_with_changed_bytes_is_refused(build, tmp
     file.write_bytes(file.read_bytes() + b"x")
     with pytest.raises(UserError, match=r"replay/action.npy"):
         algorithm.restore_from_path(path)
+
+
+def test_a_worker_refuses_bytes_that_the_driver_did_not_send(tmp_path):
+    path = make_encoder(tmp_path / "encoder")
+    sound = SharedBundle.put(path, sha256_of(path))
+    assert sound.load(catch_preprocess()).sha256 == sound.sha256
+    with pytest.raises(UserError, match="sha256"):
+        SharedBundle(sound.ref, "0" * 64).load(catch_preprocess())
+    with pytest.raises(UserError, match="unpack"):
+        SharedBundle(ray.put(b"not a bundle"), sound.sha256).load(catch_preprocess())
 
 
 def test_in_process_runs_repeat_bit_for_bit(build, tmp_path):

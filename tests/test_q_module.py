@@ -126,6 +126,14 @@ def test_the_encoder_has_its_own_optimizer_and_rate(tmp_path):
     assert rates == {"head": pytest.approx(1e-2), "encoder": pytest.approx(1e-4)}
 
 
+def test_gradients_are_clipped_for_each_optimizer(tmp_path):
+    learner = make_learner(tmp_path, "finetune", grad_clip=1e-3)
+    update(learner, random_batch("finetune", 16))
+    for _, optimizer in learner.get_optimizers_for_module("default_policy"):
+        grads = [p.grad for p in optimizer.param_groups[0]["params"] if p.grad is not None]
+        assert torch.stack([g.norm() for g in grads]).norm() == pytest.approx(1e-3, rel=1e-3)
+
+
 def test_next_values_need_no_gradient(tmp_path):
     learner = make_learner(tmp_path, "finetune")
     module = learner.module["default_policy"]

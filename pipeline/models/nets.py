@@ -43,7 +43,7 @@ def padded_size(height: int, width: int, patch: int, num_halvings: int) -> tuple
     return -(-height // unit) * unit, -(-width // unit) * unit
 
 
-def _grid(height: int, width: int, patch: int, num_halvings: int) -> tuple[int, int]:
+def grid_size(height: int, width: int, patch: int, num_halvings: int) -> tuple[int, int]:
     """Size of the smallest feature map."""
     padded_height, padded_width = padded_size(height, width, patch, num_halvings)
     unit = patch * 2**num_halvings
@@ -55,15 +55,23 @@ def _blocks(width: int, count: int) -> list[nn.Module]:
 
 
 class ConvEncoder(nn.Module):
-    """Patch stem, residual blocks, strided convolutions, one linear layer to mean and log-variance of z.
+    """Patch stem, residual blocks, strided convolutions, and a head to mean and log-variance of z.
 
-    The mean frame is subtracted first, so that what moves is what the network sees.
+    The mean frame is subtracted first, so that what moves is what the network sees. The head is one linear layer, or,
+    where z is a grid (`latent_channels`), one layer shared by all cells of the last feature map.
     """
 
     mean_frame: Tensor
 
     def __init__(
-        self, height: int, width: int, z_dim: int, patch: int, widths: tuple[int, ...], num_blocks: int
+        self,
+        height: int,
+        width: int,
+        z_dim: int,
+        patch: int,
+        widths: tuple[int, ...],
+        num_blocks: int,
+        latent_channels: int,
     ) -> None:
         """Builds the layers; `widths` has one entry per resolution, each half of the one before."""
         super().__init__()
@@ -75,15 +83,22 @@ class ConvEncoder(nn.Module):
         layers += _blocks(widths[0], num_blocks)
         for narrow, wide in itertools.pairwise(widths):
             layers += [nn.Conv2d(narrow, wide, 2, stride=2), *_blocks(wide, num_blocks)]
-        self.layers = nn.Sequential(*layers, nn.ReLU(), nn.Flatten())
-        grid_height, grid_width = _grid(height, width, patch, halvings)
-        self.head = nn.Linear(widths[-1] * grid_height * grid_width, 2 * z_dim)
+        self.layers = nn.Sequential(*layers, nn.ReLU())
+        grid_height, grid_width = grid_size(height, width, patch, halvings)
+        self.head: nn.Linear | nn.Conv2d
+        if latent_channels:
+            self.head = nn.Conv2d(widths[-1], 2 * latent_channels, 1)
+        else:
+            self.head = nn.Linear(widths[-1] * grid_height * grid_width, 2 * z_dim)
 
     def forward(self, x: Tensor) -> DiagonalGaussian:
         """q(z | x) of frames (B, H, W) uint8; the log-variance is held between -12 and 4."""
         centred = (x - self.mean_frame) * (1 / LEVELS)
-        mean, logvar = self.head(self.layers(F.pad(centred, self._padding)[:, None])).chunk(2, dim=1)
-        return DiagonalGaussian(mean, logvar.clamp(MIN_POSTERIOR_LOGVAR, MAX_POSTERIOR_LOGVAR))
+        features = self.layers(F.pad(centred, self._padding)[:, None])
+        is_flat = isinstance(self.head, nn.Linear)
+        mean, logvar = self.head(features.flatten(1) if is_flat else features).chunk(2, dim=1)
+        logvar = logvar.flatten(1).clamp(MIN_POSTERIOR_LOGVAR, MAX_POSTERIOR_LOGVAR)
+        return DiagonalGaussian(mean.flatten(1), logvar)
 
     @torch.no_grad()
     def standardise(self, frames: Tensor, mean_frame: Tensor) -> None:
@@ -95,26 +110,42 @@ class ConvEncoder(nn.Module):
         """
         self.mean_frame.copy_(mean_frame)
         mean_NZ = torch.cat([self(batch).mean for batch in torch.split(frames, INITIAL_BATCH)])
-        scale_Z = mean_NZ.std(0, unbiased=False).clamp(min=1e-6)
-        rows = slice(0, len(scale_Z))
-        self.head.weight[rows] /= scale_Z[:, None]
-        self.head.bias[rows] = (self.head.bias[rows] - mean_NZ.mean(0)) / scale_Z
-        self.head.weight[len(scale_Z) :] *= INITIAL_LOGVAR_SPREAD
-        self.head.bias[len(scale_Z) :] = INITIAL_LOGVAR
+        outputs = self.head.weight.shape[0] // 2  # latent dimensions, or channels of the grid
+        mean_OM = mean_NZ.view(len(frames), outputs, -1).transpose(0, 1).flatten(1)
+        scale_O = mean_OM.std(1, unbiased=False).clamp(min=1e-6)
+        weight, bias = self.head.weight, self.head.bias
+        assert bias is not None
+        weight[:outputs] /= scale_O.view(-1, *[1] * (weight.dim() - 1))
+        bias[:outputs] = (bias[:outputs] - mean_OM.mean(1)) / scale_O
+        weight[outputs:] *= INITIAL_LOGVAR_SPREAD
+        bias[outputs:] = INITIAL_LOGVAR
 
 
 class ConvDecoder(nn.Module):
-    """The encoder mirrored: linear layer, residual blocks, pixel-shuffles, one map of pixels per output."""
+    """The encoder mirrored: first layer, residual blocks, pixel-shuffles, one map of pixels per output."""
 
     def __init__(
-        self, height: int, width: int, z_dim: int, patch: int, widths: tuple[int, ...], num_blocks: int, num_maps: int
+        self,
+        height: int,
+        width: int,
+        z_dim: int,
+        patch: int,
+        widths: tuple[int, ...],
+        num_blocks: int,
+        latent_channels: int,
+        num_maps: int,
     ) -> None:
         """Builds the layers; arguments as for ConvEncoder, `num_maps` pixel maps come out."""
         super().__init__()
         self._size = (height, width)
-        grid = _grid(height, width, patch, len(widths) - 1)
-        self._seed_shape = (widths[-1], *grid)
-        self.seed = nn.Linear(z_dim, widths[-1] * grid[0] * grid[1])
+        grid = grid_size(height, width, patch, len(widths) - 1)
+        self.seed: nn.Module
+        if latent_channels:
+            unflatten = nn.Unflatten(1, (latent_channels, *grid))
+            self.seed = nn.Sequential(unflatten, nn.Conv2d(latent_channels, widths[-1], 1))
+        else:
+            unflatten = nn.Unflatten(1, (widths[-1], *grid))
+            self.seed = nn.Sequential(nn.Linear(z_dim, widths[-1] * grid[0] * grid[1]), unflatten)
         layers: list[nn.Module] = _blocks(widths[-1], num_blocks)
         for wide, narrow in zip(widths[:0:-1], widths[-2::-1]):
             layers += [nn.Conv2d(wide, 4 * narrow, 1), nn.PixelShuffle(2), *_blocks(narrow, num_blocks)]
@@ -126,7 +157,7 @@ class ConvDecoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """Pixel maps (B, num_maps, H, W) of latents (B, Z); zero at the start of training."""
         height, width = self._size
-        maps: Tensor = self.layers(self.seed(z).view(-1, *self._seed_shape))
+        maps: Tensor = self.layers(self.seed(z))
         return maps[..., :height, :width]
 
 

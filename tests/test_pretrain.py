@@ -1,0 +1,204 @@
+"""Pretraining by property: it resumes exactly, shares work equally, says what is wrong; its job registers a model."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+import torch
+from toy_frames import toy_dataset
+
+from pipeline.artifact import load_encoder, load_model
+from pipeline.errors import UserError
+from pipeline.loop import learning_rate
+from pipeline.models.vae import VAESettings
+from pipeline.store import FramesDataset
+from pipeline.train import PretrainConfig, pretrain
+
+MODEL = VAESettings(z_dim=4, patch=2, widths=(8, 8), variance="pixel_map")
+CONFIG = PretrainConfig(epochs=4, batch_size=16, num_threads=1, frames_per_epoch=320, log_every_steps=5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray():
+    ray.init(num_cpus=3, object_store_memory=200 << 20, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> FramesDataset:
+    return toy_dataset(tmp_path_factory.mktemp("frames") / "d", [60] * 12, num_files=3)
+
+
+@pytest.fixture(scope="module")
+def trained(dataset, tmp_path_factory):
+    """One uninterrupted training, its folder and the figures that its driver heard."""
+    folder, heard = tmp_path_factory.mktemp("run"), []
+    result = train(dataset, folder, on_metrics=lambda values, step: heard.append((step, values)))
+    return result, folder, heard
+
+
+def train(dataset, folder, config=CONFIG, model=MODEL, **options):
+    return pretrain(model, config, dataset, str(folder), "checkpoints", folder / "bundle", **options)
+
+
+def test_result_and_bundle(trained, dataset):
+    result, _, _ = trained
+    assert result.steps == 4 * 20
+    assert result.steps_per_worker == (80,)
+    assert result.has_heldout
+    assert result.images_per_s > 0
+    encoder = load_encoder(result.bundle_path, expect_sha256=result.sha256, preprocess=dataset.preprocess)
+    assert encoder.stats.num_active == result.active_units
+    assert "| ELBO |" in (result.bundle_path / "README.md").read_text()
+
+
+def test_latents_are_standardised_by_the_statistics(trained):
+    result, _, _ = trained
+    stats = load_encoder(result.bundle_path).stats
+    assert all(scale >= 0.1 - 1e-6 for scale in stats.scale)
+    assert all(kl >= -1e-5 for kl in stats.kl)
+
+
+def test_the_driver_hears_every_row_in_order(trained):
+    _, _, heard = trained
+    losses = [step for step, values in heard if "loss" in values]
+    assert losses == list(range(5, 81, 5))
+    assert sum("heldout/elbo_nats" in values for _, values in heard) == 4
+    assert {"elbo_nats", "kl_nats", "bits_per_dim", "lr", "images_per_s", "frames"} <= heard[0][1].keys()
+
+
+def test_an_existing_training_is_not_continued_by_accident(trained, dataset):
+    with pytest.raises(UserError, match=r"exists already .* --resume"):
+        train(dataset, trained[1])
+
+
+def test_resuming_what_does_not_exist_is_refused(dataset, tmp_path):
+    with pytest.raises(UserError, match="no training to resume"):
+        train(dataset, tmp_path, resume=True)
+
+
+def test_resuming_with_other_settings_names_the_key(trained, dataset):
+    with pytest.raises(UserError, match=r"train\.lr: started with 0\.001, now 0\.01"):
+        train(dataset, trained[1], replace(CONFIG, lr=0.01), resume=True)
+    with pytest.raises(UserError, match=r"model\.beta: started with 1\.0, now 2\.0"):
+        train(dataset, trained[1], model=replace(MODEL, beta=2.0), resume=True)
+
+
+SCRIPT = """
+import sys, ray
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import test_pretrain
+from pipeline.store import FramesDataset
+ray.init(num_cpus=2, object_store_memory=200 << 20, include_dashboard=False, log_to_driver=False)
+test_pretrain.train(FramesDataset.open({data!r}), Path({folder!r}), resume={resume})
+"""
+
+
+def _start(dataset, folder, *, resume) -> subprocess.Popen:
+    script = SCRIPT.format(tests=str(Path(__file__).parent), data=dataset.uri, folder=str(folder), resume=resume)
+    return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def _kill_after(driver: subprocess.Popen, checkpoint: Path) -> None:
+    """SIGKILL to the driver and all of its Ray processes as soon as a checkpoint is there."""
+    limit = time.monotonic() + 120
+    while not (checkpoint / "progress.json").is_file():
+        assert driver.poll() is None, "training ended before it could be killed"
+        assert time.monotonic() < limit, "no checkpoint came"
+        time.sleep(0.01)
+    family = [psutil.Process(driver.pid), *psutil.Process(driver.pid).children(recursive=True)]
+    for process in family:
+        try:
+            os.kill(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    driver.wait()
+    psutil.wait_procs(family, timeout=10)
+
+
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(trained, dataset, tmp_path):
+    result, _, _ = trained
+    _kill_after(_start(dataset, tmp_path, resume=False), tmp_path / "checkpoints" / "epoch-00001")
+    assert not (tmp_path / "bundle").exists()
+    resumed = _start(dataset, tmp_path, resume=True)
+    assert resumed.wait(timeout=180) == 0
+    ours, theirs = load_model(tmp_path / "bundle").state_dict(), load_model(result.bundle_path).state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    optimizers = [path / "checkpoints" / "epoch-00004" / "optimizer.safetensors" for path in (tmp_path, trained[1])]
+    assert optimizers[0].read_bytes() == optimizers[1].read_bytes()
+    assert (tmp_path / "bundle" / "SHA256SUMS").read_text() == (result.bundle_path / "SHA256SUMS").read_text()
+
+
+def test_two_workers_do_the_same_number_of_steps_and_reach_the_same_loss(trained, dataset, tmp_path):
+    alone, _, _ = trained
+    both = train(dataset, tmp_path, replace(CONFIG, num_workers=2))
+    assert both.steps_per_worker == (80, 80)
+    assert both.steps == alone.steps
+    assert both.elbo_nats == pytest.approx(alone.elbo_nats, rel=0.01)
+
+
+def test_a_damaged_file_ends_training_in_one_clear_error(tmp_path):
+    dataset = toy_dataset(tmp_path / "d", [60] * 6, num_files=2)
+    victim = Path(dataset.root) / dataset.files[1].name
+    victim.write_bytes(victim.read_bytes()[:-200])
+    with pytest.raises(UserError, match=r"data/part-1\.parquet .* damaged"):
+        train(dataset, tmp_path / "run")
+
+
+def test_one_episode_alone_trains_without_held_out_frames(tmp_path):
+    result = train(toy_dataset(tmp_path / "d", [9]), tmp_path / "run", replace(CONFIG, frames_per_epoch=0))
+    assert not result.has_heldout
+    assert result.steps == 4
+
+
+def test_a_time_limit_ends_training_early_but_not_before_the_first_epoch(dataset, tmp_path):
+    result = train(dataset, tmp_path, replace(CONFIG, epochs=500, max_seconds=0.01))
+    assert result.steps == 20
+
+
+def test_the_learning_rate_rises_stays_and_falls():
+    config = replace(CONFIG, lr=1.0, warmup_steps=10, decay_fraction=0.5, final_lr_fraction=0.1)
+    rates = [learning_rate(config, step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[10:50] == [1.0] * 40
+    assert rates[99] == pytest.approx(0.1)
+    assert all(later <= earlier for earlier, later in itertools.pairwise(rates[10:]))
+
+
+@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"batch_size": -1}, {"lr": 0.0}])
+def test_settings_that_make_no_training_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        replace(CONFIG, **wrong)
+
+
+def test_the_job_leaves_a_registered_model_pictures_and_a_record(dataset, tmp_path):
+    from jobs import pretrain as job
+    from jobs.recipes import PretrainRecipe
+    from jobs.workspace import Workspace
+    from pipeline.registry import resolve
+
+    workspace = Workspace.at(str(tmp_path / "home"))
+    recipe = PretrainRecipe("toy", MODEL, replace(CONFIG, epochs=1))
+    result = job.run(workspace, recipe, dataset.uri, "toy-encoder")
+    folder = Path(result["run_folder"])
+    assert json.loads((folder / "result.json").read_text()) == result
+    assert len(list((folder / "pictures").glob("*.png"))) == 4
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 4 + 1
+    assert resolve(result["model_uri"], workspace.tracking_uri, workspace.cache).sha256 == result["sha256"]
+    assert result["num_train_workers"] == 1
+    assert result["train_worker_steps"] == {"0": 20}
+    with pytest.raises(UserError, match="has finished"):
+        job.run(workspace, recipe, dataset.uri, "toy-encoder", resume=True)
