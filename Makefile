@@ -1,5 +1,5 @@
 # latentrl: `make demo` shows everything, `make test` proves it. Both make .venv themselves.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed

@@ -37,23 +37,6 @@ SECONDS_BETWEEN_POSTS = 0.5
 EVALUATION_BATCH = 256
 
 
-@ray.remote(num_cpus=0)
-class Mailbox:
-    """Carries figures from rank 0 to the driver: (step, values) rows in order."""
-
-    def __init__(self) -> None:
-        self._rows: list[tuple[int, dict[str, float]]] = []
-
-    def put(self, rows: list[tuple[int, dict[str, float]]]) -> None:
-        """Adds rows."""
-        self._rows += rows
-
-    def take(self) -> list[tuple[int, dict[str, float]]]:
-        """Empties the box."""
-        rows, self._rows = self._rows, []
-        return rows
-
-
 @dataclass(frozen=True)
 class Job:
     """What the driver hands to every worker.
@@ -119,6 +102,7 @@ class _Worker:
         self._heldout = self._heldout_order()
         self._model = self._build()
         self._optimizer = torch.optim.Adam(self._model.parameters(), self._config.lr, fused=True)
+        self._max_norm = self._config.grad_clip * job.model.height * job.model.width
         self._progress = Progress(0, 0, 0, 0.0, 0.0, self._config.epochs)
         self._restore()
         self._parallel = ray.train.torch.prepare_model(self._model)
@@ -196,6 +180,8 @@ class _Worker:
         loss = terms.loss()
         self._optimizer.zero_grad()
         loss.backward()
+        if self._max_norm:
+            torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._max_norm)
         self._optimizer.step()
         progress.step += 1
         progress.frames += self._order.batch_size

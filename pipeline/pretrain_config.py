@@ -19,6 +19,8 @@ class PretrainConfig:
         warmup_steps: Updates over which the learning rate rises from 0.
         decay_fraction: Part of the training, at its end, over which the learning rate falls linearly.
         final_lr_fraction: What is left of the learning rate at the end.
+        grad_clip: Greatest norm of the gradient, nats per pixel; 0 leaves it alone. A rare frame unlike all others (a
+            screen that flashes) otherwise throws the model back by hundreds of updates.
         seed: Decides initial weights, order of the frames and posterior draws.
         num_workers: Training workers; each takes one CPU of Ray's count.
         num_threads: torch threads of a worker; 0 means the machine's cores shared by its workers.
@@ -37,6 +39,7 @@ class PretrainConfig:
     warmup_steps: int = 100
     decay_fraction: float = 0.5
     final_lr_fraction: float = 0.05
+    grad_clip: float = 15.0
     seed: int = 0
     num_workers: int = 1
     num_threads: int = 0

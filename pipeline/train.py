@@ -25,7 +25,8 @@ from pipeline import models
 from pipeline.artifact import save_encoder
 from pipeline.checkpoint import MODEL_FILE
 from pipeline.errors import UserError
-from pipeline.loop import Job, Mailbox, Outcome, train_loop
+from pipeline.loop import Job, Outcome, train_loop
+from pipeline.mailbox import Mailbox
 from pipeline.models.latent import LatentModel, ModelConfig, ModelSettings
 from pipeline.order import ReadingOrder
 from pipeline.pretrain_config import PretrainConfig

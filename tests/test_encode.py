@@ -73,20 +73,23 @@ def test_one_row_a_transition_with_the_latents_of_its_two_frames(dataset, bundle
 
 
 def test_rllibs_offline_reader_takes_it(dataset, bundle, tmp_path):
+    """From Parquet through RLlib's own reader and prelearner to the batch that its learners take."""
     import gymnasium as gym
     from ray.rllib.algorithms.bc import BCConfig
     from ray.rllib.offline.offline_data import OfflineData
-    from ray.rllib.offline.offline_prelearner import SCHEMA, OfflinePreLearner
+    from ray.rllib.offline.offline_prelearner import OfflinePreLearner
 
     encode_dataset(dataset, bundle, str(tmp_path / "z"))
-    config = BCConfig().environment(
-        observation_space=gym.spaces.Box(-np.inf, np.inf, (Z,), np.float32), action_space=gym.spaces.Discrete(2)
-    )
-    data = OfflineData(config.offline_data(input_=[str(tmp_path / "z" / "data")], dataset_num_iters_per_learner=1))
-    batch = data.data.take_batch(100, batch_format="numpy")
-    episodes = OfflinePreLearner._map_to_episodes(is_multi_agent=False, batch=batch, schema=SCHEMA)["episodes"]
-    assert len(batch["obs"]) == 66
-    assert episodes[0].get_observations(0).shape == (Z,)
+    spaces = (gym.spaces.Box(-np.inf, np.inf, (Z,), np.float32), gym.spaces.Discrete(2))
+    config = BCConfig().environment(observation_space=spaces[0], action_space=spaces[1])
+    config = config.offline_data(input_=[str(tmp_path / "z" / "data")], dataset_num_iters_per_learner=1)
+    rows = OfflineData(config).data.take_batch(100, batch_format="numpy")
+    module = config.get_multi_rl_module_spec(spaces={"default_policy": spaces})
+    batch = OfflinePreLearner(config=config.rl_module(rl_module_spec=module), spaces=spaces)(rows)
+    assert batch["default_policy/obs"].shape == batch["default_policy/new_obs"].shape == (66, Z)
+    np.testing.assert_array_equal(batch["default_policy/obs"], np.stack(rows["obs"]))
+    assert int(batch["default_policy/terminateds"].sum()) == 2
+    assert int(batch["default_policy/truncateds"].sum()) == 2
 
 
 def test_what_is_written_is_not_written_again(dataset, bundle, tmp_path, small_parts):
@@ -96,7 +99,7 @@ def test_what_is_written_is_not_written_again(dataset, bundle, tmp_path, small_p
     (tmp_path / "z" / "data" / "part-00001.parquet").unlink()
     heard = []
     done = encode_dataset(dataset, bundle, str(tmp_path / "z"), on_frames=heard.append)
-    assert done.frames_now == 7
+    assert done.frames_now == 8
     assert sum(heard) == 71
     assert {file.name: file.read_bytes() for file in (tmp_path / "z" / "data").iterdir()} == whole
 

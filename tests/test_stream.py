@@ -11,6 +11,7 @@ import ray
 import torch
 from toy_frames import stamps, toy_dataset
 
+from pipeline import stream
 from pipeline.errors import UserError
 from pipeline.order import ReadingOrder
 from pipeline.store import FramesDataset
@@ -142,3 +143,10 @@ def test_a_sample_is_spread_over_the_split(dataset):
     frames = sample_frames(dataset, plan(dataset), 200)
     assert 150 <= len(frames) <= 200
     assert set(stamps(frames.numpy())) <= numbers_of(dataset, "train")
+
+
+def test_ray_data_still_calls_the_hook_that_paces_its_scheduler(dataset, monkeypatch):
+    calls = []
+    monkeypatch.setattr(stream._Paced, "on_execution_step", lambda self, executor: calls.append(executor))
+    read(dataset, plan(dataset, batch_size=8))
+    assert calls
