@@ -5,26 +5,46 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from jobs import collect, evaluate, pretrain, report, train
 from jobs.cluster import ray_session
-from jobs.recipes import pretrain_recipe, train_recipe
+from jobs.recipes import PRETRAIN_RECIPES, TRAIN_RECIPES, PretrainRecipe, TrainRecipe
 from jobs.workspace import Workspace
 from pipeline.errors import UserError
 from pipeline.registry import Tracking, ui_command
 
-GAME = "pong"
-FRAMES = 30_000
-AGENT_STEPS = 120_000
-EPISODES = 20
-NUM_WORKERS = 2
-NUM_ENV_RUNNERS = 1
+
+@dataclass(frozen=True)
+class Plan:
+    """How large a demo is.
+
+    Attributes:
+        game: Which one.
+        frames: Frames to collect.
+        agent_steps: Of Q-learning.
+        episodes: Whole games of each agent in the comparison.
+        num_workers: CPUs that Ray must have: collecting workers, or a Train worker and its data stream.
+        num_env_runners: Remote rollout workers.
+        encoder: Recipe of the encoder.
+        agent: Recipe of the Q-learning.
+    """
+
+    game: str = "pong"
+    frames: int = 30_000
+    agent_steps: int = 120_000
+    episodes: int = 20
+    num_workers: int = 2
+    num_env_runners: int = 1
+    encoder: PretrainRecipe = PRETRAIN_RECIPES["demo"]
+    agent: TrainRecipe = TRAIN_RECIPES["demo"]
 
 
 def run(
     out: str,
+    plan: Plan = Plan(),
     *,
     tracking_uri: str | None = None,
     ray_address: str | None = None,
@@ -35,6 +55,7 @@ def run(
 
     Args:
         out: Folder for everything: data, runs, tracking database, artifacts.
+        plan: How large it is.
         tracking_uri: MLflow server instead of a sqlite file in `out`.
         ray_address: Running cluster instead of a local one.
         seed: Of data, encoder, agent and evaluation.
@@ -50,40 +71,47 @@ def run(
     folder = workspace.new_run_folder("demo")
     with (
         tracking.start_run(folder.name, stage="demo", folder=folder) as parent,
-        ray_session(workspace, needs={"CPU": NUM_WORKERS}, what="the demo's workers"),
+        ray_session(workspace, needs={"CPU": plan.num_workers}, what="the demo's workers"),
     ):
         # 1. Prior frames: a random agent plays, Ray workers write Parquet.
-        _say(1, f"{FRAMES:,} frames of a random agent playing {GAME}")
+        _say(1, f"{plan.frames:,} frames of a random agent playing {plan.game}")
         frames = collect.run(
-            workspace, game=GAME, frames=FRAMES, out=str(workspace.home / "frames"), seed=seed, num_workers=NUM_WORKERS
+            workspace,
+            game=plan.game,
+            frames=plan.frames,
+            out=str(workspace.home / "frames"),
+            seed=seed,
+            num_workers=plan.num_workers,
         )
         # 2. A latent-variable model of them: Ray Data -> Ray Train -> a version in MLflow.
         _say(2, "a variational autoencoder of those frames")
         encoder = pretrain.run(
             workspace,
-            pretrain_recipe("demo", overrides=[f"train.seed={seed}"]),
+            replace(plan.encoder, train=replace(plan.encoder.train, seed=seed)),
             frames["dataset"],
-            f"{GAME}-encoder",
+            f"{plan.game}-encoder",
             parent_run_id=parent.run_id,
         )
         # 3. Q-learning on its frozen latents, which rollout workers make.
-        _say(3, f"Q-learning on frozen latents, {AGENT_STEPS:,} agent steps")
+        _say(3, f"Q-learning on frozen latents, {plan.agent_steps:,} agent steps")
         agent = train.run(
             workspace,
-            train_recipe("demo"),
-            game=GAME,
+            plan.agent,
+            game=plan.game,
             encoder=encoder["model_uri"],
             mode="frozen",
-            agent_steps=AGENT_STEPS,
-            num_env_runners=NUM_ENV_RUNNERS,
+            agent_steps=plan.agent_steps,
+            num_env_runners=plan.num_env_runners,
             seed=seed,
             parent_run_id=parent.run_id,
         )
         # 4. What is it worth? Whole games, raw points, beside a random agent.
-        _say(4, f"{EPISODES} whole games each, of a random agent and of the trained one")
-        random = evaluate.run(workspace, f"random:{GAME}", episodes=EPISODES, seed=seed, parent_run_id=parent.run_id)
+        _say(4, f"{plan.episodes} whole games each, of a random agent and of the trained one")
+        random = evaluate.run(
+            workspace, f"random:{plan.game}", episodes=plan.episodes, seed=seed, parent_run_id=parent.run_id
+        )
         trained = evaluate.run(
-            workspace, agent["policy"], episodes=EPISODES, seed=seed, video=True, parent_run_id=parent.run_id
+            workspace, agent["policy"], episodes=plan.episodes, seed=seed, video=True, parent_run_id=parent.run_id
         )
     # 5. A page to look at.
     page = report.run(workspace, agent["run_folder"])
@@ -98,7 +126,7 @@ def run(
         "num_remote_env_runners": agent["num_remote_env_runners"],
         "seconds": round(time.monotonic() - started, 1),
     }
-    return {**result, "table": _table(result, ui_command(workspace.tracking_uri))}
+    return {**result, "table": _table(plan.game, result, ui_command(workspace.tracking_uri))}
 
 
 def _fresh_workspace(out: str, tracking_uri: str | None, ray_address: str | None, *, overwrite: bool) -> Workspace:
@@ -120,8 +148,8 @@ def _score(evaluation: dict[str, Any]) -> dict[str, Any]:
     return {key: evaluation[key] for key in ("mean_return", "ci95_low", "ci95_high", "episodes", "human_normalised")}
 
 
-def _table(result: dict[str, Any], ui: str) -> str:
-    rows = [f"\n{GAME:<16}  mean greedy return   95% interval       episodes"]
+def _table(game: str, result: dict[str, Any], ui: str) -> str:
+    rows = [f"\n{game:<16}  mean greedy return   95% interval       episodes"]
     for name in ("random", "trained"):
         score = result[name]
         interval = f"[{score['ci95_low']:.2f}, {score['ci95_high']:.2f}]"

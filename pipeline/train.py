@@ -11,6 +11,7 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -220,13 +221,31 @@ def _fit(job: Job, filesystem: pafs.FileSystem, root: str, name: str) -> ray.tra
         ),
     )
     try:
-        return trainer.fit()
+        return _beside_main_thread(trainer.fit)
     except ray.train.TrainingFailedError as error:
         for failure in getattr(error, "worker_failures", {}).values():
             reason = getattr(failure, "cause", failure)
             if isinstance(reason, UserError):
                 raise UserError(*reason.args) from None
         raise
+
+
+def _beside_main_thread(call: Callable[[], ray.train.Result]) -> ray.train.Result:
+    """Runs `call` in a thread and waits for it.
+
+    In the main thread Ray Train takes SIGINT over for good: Ctrl-C would then end the process with code 0, also in the
+    stages that follow. Here it stays a KeyboardInterrupt of the main thread; leaving the Ray session ends the workers.
+    """
+    done: Future[ray.train.Result] = Future()
+
+    def work() -> None:
+        try:
+            done.set_result(call())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=work, name="pretrain-fit", daemon=True).start()
+    return done.result()
 
 
 def _finish(job: Job, order: ReadingOrder, result: ray.train.Result, bundle_path: Path) -> PretrainResult:

@@ -180,7 +180,7 @@ def test_training_finds_what_moves():
     frames = torch.from_numpy(toy_frames(600, 12, 10))
     model = tiny("global", z_dim=8, widths=(32, 32))
     model.initialise(frames)
-    blind = float(model(frames).value.mean())
+    blind = float(model(frames).value.mean().detach())
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
     for _ in range(400):
         optimizer.zero_grad()

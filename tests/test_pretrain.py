@@ -97,28 +97,37 @@ def test_resuming_with_other_settings_names_the_key(trained, dataset):
 
 
 SCRIPT = """
-import sys, ray
+import dataclasses, sys, ray
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 import test_pretrain
 from pipeline.store import FramesDataset
 ray.init(num_cpus=2, object_store_memory=200 << 20, include_dashboard=False, log_to_driver=False)
-test_pretrain.train(FramesDataset.open({data!r}), Path({folder!r}), resume={resume})
+try:
+    config = dataclasses.replace(test_pretrain.CONFIG, epochs={epochs})
+    test_pretrain.train(FramesDataset.open({data!r}), Path({folder!r}), config, resume={resume})
+except KeyboardInterrupt:
+    ray.shutdown()
+    sys.exit(130)
 """
 
 
-def _start(dataset, folder, *, resume) -> subprocess.Popen:
-    script = SCRIPT.format(tests=str(Path(__file__).parent), data=dataset.uri, folder=str(folder), resume=resume)
+def _start(dataset, folder, *, resume=False, epochs=CONFIG.epochs) -> subprocess.Popen:
+    places = {"tests": str(Path(__file__).parent), "data": dataset.uri, "folder": str(folder)}
+    script = SCRIPT.format(**places, resume=resume, epochs=epochs)
     return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def _kill_after(driver: subprocess.Popen, checkpoint: Path) -> None:
-    """SIGKILL to the driver and all of its Ray processes as soon as a checkpoint is there."""
+def _wait_for(driver: subprocess.Popen, file: Path) -> None:
     limit = time.monotonic() + 300
-    while not (checkpoint / "progress.json").is_file():
-        assert driver.poll() is None, "training ended before it could be killed"
+    while not file.is_file():
+        assert driver.poll() is None, "training ended before it could be stopped"
         assert time.monotonic() < limit, "no checkpoint came"
         time.sleep(0.01)
+
+
+def _kill(driver: subprocess.Popen) -> None:
+    """SIGKILL to the driver and all of its Ray processes."""
     family = [psutil.Process(driver.pid), *psutil.Process(driver.pid).children(recursive=True)]
     for process in family:
         try:
@@ -131,7 +140,9 @@ def _kill_after(driver: subprocess.Popen, checkpoint: Path) -> None:
 
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(trained, dataset, tmp_path):
     result, _, _ = trained
-    _kill_after(_start(dataset, tmp_path, resume=False), tmp_path / "checkpoints" / "epoch-00001")
+    driver = _start(dataset, tmp_path)
+    _wait_for(driver, tmp_path / "checkpoints" / "epoch-00001" / "progress.json")
+    _kill(driver)
     assert not (tmp_path / "bundle").exists()
     resumed = _start(dataset, tmp_path, resume=True)
     assert resumed.wait(timeout=300) == 0
@@ -140,6 +151,16 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(trained, dataset, t
     optimizers = [path / "checkpoints" / "epoch-00004" / "optimizer.safetensors" for path in (tmp_path, trained[1])]
     assert optimizers[0].read_bytes() == optimizers[1].read_bytes()
     assert (tmp_path / "bundle" / "SHA256SUMS").read_text() == (result.bundle_path / "SHA256SUMS").read_text()
+
+
+def test_an_interrupt_ends_it_and_leaves_no_process(dataset, tmp_path):
+    driver = _start(dataset, tmp_path, epochs=5000)
+    _wait_for(driver, tmp_path / "checkpoints" / "epoch-00001" / "progress.json")
+    family = psutil.Process(driver.pid).children(recursive=True)
+    driver.send_signal(signal.SIGINT)
+    assert driver.wait(timeout=60) == 130
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert alive == []
 
 
 def test_two_workers_do_the_same_number_of_steps_and_reach_the_same_loss(trained, dataset, tmp_path):

@@ -1,0 +1,70 @@
+"""The whole pipeline through its real entry points, at toy size: what `make demo` runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import collect, data, demo, encode
+from jobs.cluster import ray_session
+from jobs.recipes import PRETRAIN_RECIPES, TRAIN_RECIPES
+from jobs.workspace import Workspace
+from pipeline.artifact import load_encoder
+from pipeline.errors import UserError
+from pipeline.registry import resolve
+from rllib_ext.policy import load_policy
+
+ENCODER, AGENT = PRETRAIN_RECIPES["demo"], TRAIN_RECIPES["demo"]
+TOY = demo.Plan(
+    frames=1_200,
+    agent_steps=400,
+    episodes=2,
+    encoder=replace(
+        ENCODER,
+        model=replace(ENCODER.model, latent_channels=1, widths=(4, 4)),
+        train=replace(ENCODER.train, epochs=1, stats_frames=256),
+    ),
+    agent=replace(AGENT, train=replace(AGENT.train, warmup_agent_steps=128, replay_capacity=4_000)),
+)
+
+
+def test_the_whole_pipeline(tmp_path: Path) -> None:
+    result = demo.run(str(tmp_path / "demo"), TOY)
+    for agent in ("random", "trained"):
+        score = result[agent]
+        assert score["ci95_low"] <= score["mean_return"] <= score["ci95_high"]
+        assert score["episodes"] == 2
+    assert result["num_train_workers"] >= 1
+    assert sum(result["steps_per_worker"].values()) >= 400
+    assert Path(result["report"]).stat().st_size > 10_000
+    assert "mlflow" in result["table"]
+    tracking = f"sqlite:///{tmp_path}/demo/mlflow.db"
+    found = resolve(result["model_uri"], tracking, tmp_path / "cache")
+    assert load_policy(result["policy"]).encoder.sha256 == found.sha256 == load_encoder(found.path).sha256
+    with pytest.raises(UserError, match="--overwrite"):
+        demo.run(str(tmp_path / "demo"), TOY)
+    what_a_policy_and_an_encoder_are_for(tmp_path, result)
+
+
+def what_a_policy_and_an_encoder_are_for(tmp_path: Path, result: dict[str, Any]) -> None:
+    """The agent collects the next dataset, the encoder turns it into latents."""
+    workspace = Workspace.at(str(tmp_path / "demo"))
+    frames, latents = str(tmp_path / "again"), str(tmp_path / "latents")
+    with ray_session(workspace, needs={"CPU": 2}, what="two stages"):
+        collected = collect.run(workspace, game="pong", frames=90, out=frames, policy=result["policy"], num_workers=1)
+        encoded = encode.run(workspace, frames, result["model_uri"], latents)
+    assert data.check(frames)["errors"] == []
+    assert collected["frames"] == 90
+    assert encoded["frames"] > 0
+    with pytest.raises(UserError, match="breakout"):
+        collect.run(workspace, game="breakout", frames=90, out=f"{frames}2", policy=result["policy"], num_workers=1)
+
+
+def test_a_folder_that_is_no_demo_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match="holds other things"):
+        demo.run(str(tmp_path), TOY, overwrite=True)
+    assert (tmp_path / "thesis.tex").read_text() == "mine"
