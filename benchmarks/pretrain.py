@@ -57,6 +57,7 @@ def bare_rate(uri: str, recipe: PretrainRecipe, updates: int, threads: int) -> f
         loss = model(frames[torch.randint(0, len(frames), (recipe.train.batch_size,))]).loss()
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.train.grad_clip * frames[0].numel())
         optimizer.step()
         float(loss.detach())
     return updates * recipe.train.batch_size / (time.perf_counter() - began)

@@ -29,7 +29,8 @@ STAGES = (
 
 def commands() -> list[str]:
     found = {line for page in PAGES for line in re.findall(r"`(latentrl [^`\n]+)`", page.read_text())}
-    return sorted(line for line in found if "STAGE" not in line)
+    bare = {f"latentrl {stage}" for stage in STAGES}  # the stage is spoken of, not called
+    return sorted(line for line in found - bare if "STAGE" not in line)
 
 
 @pytest.mark.parametrize("command", commands())
