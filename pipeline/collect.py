@@ -29,9 +29,9 @@ from pipeline.protocols import protocol_rules
 from pipeline.schema import EPISODES_SCHEMA, RAM_BYTES, ROW_GROUP_ROWS, Preprocess, frames_schema
 from pipeline.store import FileEntry, FramesDataset, assign_splits, episode_hash, hash_file, locate, write_manifest
 
-LANE_ROWS = 2048  # a lane has at least so many rows
+LANE_ROWS = 4096  # a lane has at least so many rows
 MAX_LANES = 256
-LANES_PER_SHARD = 4
+LANES_PER_SHARD = 2
 _EPISODES_PER_LANE = 1 << 32
 _PAGE_BYTES = 8 << 20
 
@@ -240,6 +240,7 @@ class _Collector:
         self._filesystem, self._root = locate(out)
         self._preprocess = preprocess
         self._with_ram = with_ram
+        pa.array([0])  # pyarrow imports pandas at its first array, a third of a second: better now than in the first shard
 
     def ready(self) -> bool:
         """Answers once the process has started."""
