@@ -240,7 +240,9 @@ class _Collector:
         self._filesystem, self._root = locate(out)
         self._preprocess = preprocess
         self._with_ram = with_ram
-        pa.array([0])  # pyarrow imports pandas at its first array, a third of a second: better now than in the first shard
+        pa.array(
+            [0]
+        )  # pyarrow imports pandas at its first array, a third of a second: better now than in the first shard
 
     def ready(self) -> bool:
         """Answers once the process has started."""

@@ -27,7 +27,7 @@ from pipeline.store import FramesDataset
 CHUNK_BYTES = 32 << 20
 READ_AHEAD_CHUNKS = 3
 PREFETCH_BATCHES = 4
-SCHEDULER_REST_S = 0.02
+SCHEDULER_REST_S = 0.1
 SAMPLED_PIECES = 64
 
 Item = TypeVar("Item")
@@ -126,8 +126,9 @@ class _Paced(ExecutionCallback):
     """Lets Ray Data's scheduler rest between its steps.
 
     While the reader is far enough ahead the scheduler finds nothing to wait for and polls without a pause, in a thread
-    of the training process: a fifth of a core, and the interpreter lock with it. The hook is Ray's own, its base class
-    is not public (2.60); a test holds that it is called.
+    of the training process: a fifth of a core, and the interpreter lock with it. Rests of 20 ms still slow training on
+    two cores; with rests of 500 ms the training waits for data. The hook is Ray's own, its base class is not
+    public (2.60); a test holds that it is called.
     """
 
     def on_execution_step(self, executor: Any) -> None:
