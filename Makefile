@@ -3,7 +3,6 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-export GOMP_SPINCOUNT ?= 1000
 
 .PHONY: setup demo test check format bench clean
 

@@ -18,9 +18,6 @@ from typing import Any, NoReturn
 from jobs.stages import add_stages
 from pipeline.errors import TrackingPending, UserError
 
-# Waiting OpenMP threads that spin for long take the cores from the processes beside them, and those that sleep at
-# once wake late: 1,000 turns are as fast as the default for a process alone and as sleep for two (docs/log.md).
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 DESCRIPTION = """\
