@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 
 import psutil
@@ -37,12 +39,15 @@ def ray_session(workspace: Workspace, *, needs: dict[str, float], what: str) -> 
         _require(needs, what)
         yield
         return
+    on_terminate = signal.getsignal(signal.SIGTERM)
     if workspace.ray_address is None:
         _require_local(needs, what)
         _start_local()
     else:
         _join(workspace.ray_address)
     try:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own in its place
         _require(needs, what)
         yield
     finally:
@@ -52,6 +57,7 @@ def ray_session(workspace: Workspace, *, needs: dict[str, float], what: str) -> 
 def _start_local() -> None:
     memory = min(_OBJECT_STORE_BYTES, psutil.virtual_memory().available // 4)
     ray.init(
+        address="local",
         num_cpus=os.cpu_count(),
         object_store_memory=memory,
         include_dashboard=False,

@@ -14,7 +14,9 @@ from jobs.cluster import ray_session
 from jobs.recipes import PRETRAIN_RECIPES, TRAIN_RECIPES, PretrainRecipe, TrainRecipe
 from jobs.workspace import Workspace
 from pipeline.errors import UserError
-from pipeline.registry import Tracking, ui_command
+from pipeline.registry import Run, Tracking, ui_command
+
+DEMO_FOLDERS = {"artifacts", "cache", "frames", "runs"}
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,14 @@ def run(
         The keys that `latentrl demo --json` prints.
     """
     started = time.monotonic()
-    workspace = _fresh_workspace(out, tracking_uri, ray_address, overwrite=overwrite)
+    workspace = Workspace.at(out, tracking_uri, ray_address)
+    _require_replaceable(workspace.home, overwrite=overwrite)
     tracking = Tracking(workspace.tracking_uri)
-    tracking.check()
-    folder = workspace.new_run_folder("demo")
+    if tracking_uri is not None:
+        tracking.check()  # a server that does not answer leaves an earlier demo as it is, as a missing cluster does
     with (
-        tracking.start_run(folder.name, stage="demo", folder=folder) as parent,
         ray_session(workspace, needs={"CPU": plan.num_workers}, what="the demo's workers"),
+        _fresh_run(workspace, tracking) as parent,
     ):
         # 1. Prior frames: a random agent plays, Ray workers write Parquet.
         _say(1, f"{plan.frames:,} frames of a random agent playing {plan.game}")
@@ -129,15 +132,25 @@ def run(
     return {**result, "table": _table(plan.game, result, ui_command(workspace.tracking_uri))}
 
 
-def _fresh_workspace(out: str, tracking_uri: str | None, ray_address: str | None, *, overwrite: bool) -> Workspace:
-    home = Path(out).expanduser().absolute()
-    if home.is_dir() and any(home.iterdir()):
-        if not overwrite:
-            raise UserError(f"{home} exists and is not empty; add --overwrite or name another --out")
-        if not (home / "runs").is_dir():
-            raise UserError(f"{home} holds other things than a demo; name another --out")
-        shutil.rmtree(home)
-    return Workspace.at(str(home), tracking_uri, ray_address)
+def _require_replaceable(home: Path, *, overwrite: bool) -> None:
+    """--overwrite replaces an earlier demo, finished or not, and never anything else."""
+    names = {path.name for path in home.iterdir()} if home.is_dir() else set()
+    if not names:
+        return
+    if not overwrite:
+        raise UserError(f"{home} exists and is not empty; add --overwrite or name another --out")
+    other = sorted(name for name in names - DEMO_FOLDERS if not name.startswith("mlflow.db"))
+    if other or not any(home.glob("runs/demo-*/run.json")):
+        raise UserError(f"{home} holds other things than a demo ({other[:3] or 'no demo run'}); name another --out")
+
+
+def _fresh_run(workspace: Workspace, tracking: Tracking) -> Run:
+    """The parent of all stages' runs, in an empty home."""
+    if workspace.home.is_dir():
+        shutil.rmtree(workspace.home)
+    tracking.check()
+    folder = workspace.new_run_folder("demo")
+    return tracking.start_run(folder.name, stage="demo", folder=folder)
 
 
 def _say(number: int, text: str) -> None:

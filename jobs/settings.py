@@ -99,7 +99,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
         content = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise UserError(f"cannot read --config {path} ({error.strerror}); name a YAML file") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path} is not YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(content, dict):
         raise UserError(f"--config {path} holds a {type(content).__name__}, not keys and values")

@@ -40,6 +40,25 @@ def _stage(
     return parser
 
 
+def _seed(text: str) -> int:
+    """Type of every --seed: a whole number that is not negative."""
+    seed = int(text) if text.lstrip("+-").isdigit() else -1
+    if seed < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no seed; give a whole number from 0 on")
+    return seed
+
+
+def _share(text: str) -> float:
+    """Type of a share of one."""
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share; give a number from 0 to 1")
+    return share
+
+
 def _places(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("places")
     group.add_argument(
@@ -89,11 +108,11 @@ def _collect(stages: Any) -> None:
     p.add_argument("--out", required=True, help="folder or address (s3://...) of the dataset")
     p.add_argument("--policy", default="random", help="random, sticky-random, or a policy's address (random)")
     p.add_argument(
-        "--epsilon", type=float, default=0.05, help="share of random actions of a policy from an address (0.05)"
+        "--epsilon", type=_share, default=0.05, help="share of random actions of a policy from an address (0.05)"
     )
     p.add_argument("--protocol", default="atari100k", help=f"{', '.join(PROTOCOLS)} (atari100k)")
     p.add_argument("--resolution", default="84x84", help=f"height x width: {', '.join(RESOLUTIONS)} (84x84)")
-    p.add_argument("--seed", type=int, default=0, help="decides the dataset (0)")
+    p.add_argument("--seed", type=_seed, default=0, help="decides the dataset (0)")
     p.add_argument("--with-ram", action="store_true", help="store the 128 bytes of RAM beside each frame (slower)")
     p.add_argument("--num-workers", type=int, help="collecting workers of one CPU each (one a CPU)")
     p.add_argument("--overwrite", action="store_true", help="replace the dataset at --out")
@@ -223,7 +242,7 @@ def _train(stages: Any) -> None:
     p.add_argument("--agent-steps", type=int, default=100_000, help="decisions of the agent, over all workers (100000)")
     p.add_argument("--num-env-runners", type=int, default=1, help="remote rollout workers; 0: in this process (1)")
     p.add_argument("--protocol", default="atari100k", help=f"{', '.join(PROTOCOLS)} (atari100k)")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=_seed, default=0)
     p.add_argument("--register", metavar="NAME", help="name of the registered policy (GAME-MODE)")
     p.add_argument("--resume", action="store_true", help="go on with the latest run of this name that was cut off")
     _places(p)
@@ -242,7 +261,7 @@ def _evaluate(stages: Any) -> None:
     )  # fmt: skip
     p.add_argument("policy", metavar="POLICY", help="a policy's folder or registry address, or random:GAME")
     p.add_argument("--episodes", type=int, default=20)
-    p.add_argument("--seed", type=int, default=0, help="episode i starts from (seed, i) alone (0)")
+    p.add_argument("--seed", type=_seed, default=0, help="episode i starts from (seed, i) alone (0)")
     p.add_argument("--video", action="store_true", help="film one game, beside what its latent holds")
     _places(p)
 
@@ -274,7 +293,7 @@ def _demo(stages: Any) -> None:
         "The tour of the project: jobs/demo.py is this command, stage by stage.", run, lambda r: str(r["table"]),
     )  # fmt: skip
     p.add_argument("--out", default="latentrl-demo", help="folder for everything it makes (latentrl-demo)")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=_seed, default=0)
     p.add_argument("--overwrite", action="store_true", help="replace an earlier demo at --out")
     p.add_argument("--tracking-uri", help="MLflow server instead of a sqlite file under --out")
     p.add_argument("--ray-address", help="running Ray cluster (HOST:PORT or auto) instead of a local one")

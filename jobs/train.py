@@ -256,6 +256,7 @@ class _Session:
                 checkpoint = find_checkpoint(self._folder / CHECKPOINT_FOLDER)
                 assert checkpoint is not None
                 algorithm.restore_from_path(checkpoint)
+                self._forget_after(algorithm.agent_steps)
             before = self._hashes_before(algorithm)
             rate = self._train(algorithm)
             self._save(algorithm)
@@ -293,6 +294,14 @@ class _Session:
             for step, values in lines:
                 stream.write(json.dumps({"step": step, **values}) + "\n")
                 self._run.log_metrics(values, step=step)
+
+    def _forget_after(self, agent_steps: int) -> None:
+        """Drops what a killed sitting recorded after its last checkpoint: it is played again."""
+        path = self._folder / METRICS_FILE
+        lines = path.read_text().split("\n")[:-1] if path.is_file() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= agent_steps]
+        path.write_text("".join(f"{line}\n" for line in kept))
+        save_resolved(self._folder, self._plan, "train")  # its agent steps may be more
 
     def _save(self, algorithm: LatentDQN) -> None:
         algorithm.save_to_path(self._folder / CHECKPOINT_FOLDER)

@@ -77,7 +77,7 @@ def _resolve_folder(address: str) -> Resolved:
             f"{address!r} is neither a folder nor an address; give models:/NAME@alias, models:/NAME/3, "
             "runs:/RUN_ID/path or a bundle's folder"
         )
-    return Resolved(path, address, None, None, bundle.verify(path), _kind(path))
+    return Resolved(path, address, None, None, bundle.verify(path), _kind(path, address))
 
 
 def _resolve_version(address: str, client: MlflowClient, where: Address, cache: Path) -> Resolved:
@@ -87,7 +87,7 @@ def _resolve_version(address: str, client: MlflowClient, where: Address, cache: 
     recorded = version.tags.get(SHA256_TAG)
     if recorded not in (None, sha256):
         raise UserError(f"{uri} has changed in the store: registered with sha256 {recorded}, now {sha256}")
-    return Resolved(path, address, uri, str(version.version), sha256, _kind(path))
+    return Resolved(path, address, uri, str(version.version), sha256, _kind(path, address))
 
 
 def _resolve_artifact(address: str, client: MlflowClient, where: Address, cache: Path) -> Resolved:
@@ -102,7 +102,7 @@ def _resolve_artifact(address: str, client: MlflowClient, where: Address, cache:
     if not any(inside == path or inside.startswith(f"{path}/") for path in found):
         raise UserError(f"run {run_id} has no artifact {inside!r}; it has {_listed(found)}")
     path, sha256 = _fetch(f"runs:/{run_id}/{inside}", address, where, cache)
-    return Resolved(path, address, f"runs:/{run_id}/{inside}", None, sha256, _kind(path))
+    return Resolved(path, address, f"runs:/{run_id}/{inside}", None, sha256, _kind(path, address))
 
 
 def _find_version(address: str, client: MlflowClient, where: Address) -> ModelVersion:
@@ -177,8 +177,12 @@ def _download(source: str, into: Path, shown: str, where: Address) -> Path:
         raise UserError(f"the files of {shown} are not in the store ({error}); it cannot be used") from None
 
 
-def _kind(path: Path) -> Kind:
-    return "policy" if (path / "q.safetensors").exists() else "encoder"
+def _kind(path: Path, shown: str) -> Kind:
+    if (path / "q.safetensors").is_file():
+        return "policy"
+    if (path / "preprocess.json").is_file() and (path / "model.safetensors").is_file():
+        return "encoder"
+    raise UserError(f"{shown} is neither an encoder bundle nor a policy bundle; name a folder that training wrote")
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
 from pipeline.schema import EPISODES_FILE, EPISODES_SCHEMA, MANIFEST_FILE, SCHEMA_VERSION, Preprocess, frames_schema
+from pipeline.server import mask
 
 VALIDATION_SHARE = 0.1
 _HASH_CHUNK_BYTES = 1 << 22
@@ -49,7 +50,12 @@ def locate(address: str) -> tuple[pafs.FileSystem, str]:
             return filesystem, path.rstrip("/")
         return pafs.LocalFileSystem(), _absolute(address)
     except (pa.ArrowException, ValueError, OSError) as error:
-        raise UserError(f"cannot use {address!r} as a place for data ({_first_line(error)})") from None
+        raise UserError(f"cannot use {shown(address)!r} as a place for data ({shown(_first_line(error))})") from None
+
+
+def shown(address: str) -> str:
+    """An address without the secrets it may hold."""
+    return mask(address) if "://" in address else address
 
 
 def _absolute(path: str) -> str:
@@ -102,12 +108,13 @@ class FramesDataset:
     """A finished frames dataset.
 
     Attributes:
-        uri: The address it was opened with.
+        uri: The address it was opened with, fit to be shown.
         filesystem: Where it lives.
         root: Its path inside that file system.
         preprocess: How its frames were made.
         files: Its Parquet files, in order.
         digest: Digest of its content, 64 hex digits.
+        episodes_sha256: Of the table of episodes.
         has_ram: Whether the RAM column is there.
         collection: Settings of the collection (policy, seed, lanes).
     """
@@ -118,6 +125,7 @@ class FramesDataset:
     preprocess: Preprocess
     files: tuple[FileEntry, ...]
     digest: str
+    episodes_sha256: str
     has_ram: bool
     num_frames: int
     num_episodes: int
@@ -131,16 +139,17 @@ class FramesDataset:
             UserError: The folder does not exist, is empty, is unfinished, or has another schema version.
         """
         filesystem, root = locate(uri)
-        manifest = _read_manifest(filesystem, root, uri)
+        manifest = _read_manifest(filesystem, root, shown(uri))
         try:
             files = tuple(FileEntry(**entry) for entry in manifest["files"])
             return cls(
-                uri=uri,
+                uri=shown(uri),
                 filesystem=filesystem,
                 root=root,
                 preprocess=Preprocess.from_json(json.dumps(manifest["preprocess"])),
                 files=files,
                 digest=str(manifest["digest"]),
+                episodes_sha256=str(manifest["episodes_sha256"]),
                 has_ram=bool(manifest["has_ram"]),
                 num_frames=int(manifest["frames"]),
                 num_episodes=int(manifest["episodes"]),
@@ -148,7 +157,7 @@ class FramesDataset:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"the manifest of dataset {uri} is damaged ({error!r}); collect the dataset again"
+                f"the manifest of dataset {shown(uri)} is damaged ({error!r}); collect the dataset again"
             ) from None
 
     @functools.cached_property
@@ -156,10 +165,13 @@ class FramesDataset:
         """One row an episode: episode_id, file, first_row, length (rows), return, seed, split."""
         path = f"{self.root}/{EPISODES_FILE}"
         try:
-            with self.filesystem.open_input_file(path) as source:
-                return pq.read_table(source, schema=EPISODES_SCHEMA)
-        except (pa.ArrowException, OSError) as error:
+            with self.filesystem.open_input_stream(path) as source:
+                content = source.read()
+        except OSError as error:
             raise UserError(f"cannot read {EPISODES_FILE} of dataset {self.uri} ({_first_line(error)})") from None
+        if hashlib.sha256(content).hexdigest() != self.episodes_sha256:
+            raise UserError(f"{EPISODES_FILE} of dataset {self.uri} has changed bytes (sha256 differs)")
+        return pq.read_table(pa.BufferReader(content), schema=EPISODES_SCHEMA)
 
     def path(self, file: FileEntry) -> str:
         """A file's path inside the file system."""
@@ -182,10 +194,18 @@ class FramesDataset:
             UserError: Names every bad file.
         """
         problems = [problem for file in self.files for problem in self._file_problems(file)]
+        problems += self._episodes_problems()
         if problems:
             raise UserError(
                 f"dataset {self.uri} is unsound: {'; '.join(problems)}; collect it again or restore the files"
             )
+
+    def _episodes_problems(self) -> list[str]:
+        try:
+            _ = self.episodes
+        except UserError as error:
+            return [str(error)]
+        return []
 
     def _file_problems(self, file: FileEntry) -> Iterator[str]:
         info = self.filesystem.get_file_info(self.path(file))
@@ -219,15 +239,13 @@ class FramesDataset:
         problems = [problem for file in self.files for problem in self._file_problems(file)]
         if dataset_digest(self.files) != self.digest:
             problems.append(f"{MANIFEST_FILE} does not fit its own digest")
+        problems += self._episodes_problems()
         if problems:
             return problems
         return self._content_problems()
 
     def _content_problems(self) -> list[str]:
-        try:
-            episodes = self.episodes
-        except UserError as error:
-            return [str(error)]
+        episodes = self.episodes
         problems = [problem for file in self.files for problem in _frames_problems(self, file, episodes)]
         rows = sum(file.rows for file in self.files)
         if rows != self.num_frames:
@@ -251,12 +269,14 @@ def write_manifest(
     filesystem.create_dir(f"{root}/meta", recursive=True)
     sink = pa.BufferOutputStream()
     pq.write_table(episodes, sink)
-    write_atomically(filesystem, f"{root}/{EPISODES_FILE}", sink.getvalue().to_pybytes())
+    table = sink.getvalue().to_pybytes()
+    write_atomically(filesystem, f"{root}/{EPISODES_FILE}", table)
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "frames": sum(file.rows for file in files),
         "episodes": episodes.num_rows,
         "digest": dataset_digest(files),
+        "episodes_sha256": hashlib.sha256(table).hexdigest(),
         "has_ram": has_ram,
         "preprocess": asdict(preprocess),
         "collection": collection,
@@ -324,6 +344,9 @@ def _episode_problems(file: FileEntry, table: pa.Table, episodes: pa.Table) -> I
     is_last = np.zeros(table.num_rows, bool)
     for row in listed.to_pylist():
         span = slice(row["first_row"], row["first_row"] + row["length"])
+        if not 0 <= span.start < span.stop <= table.num_rows:
+            yield f"{file.name}: episode {row['episode_id']} is listed outside of its rows"
+            return
         if not (episode_id[span] == row["episode_id"]).all() or not (t[span] == np.arange(row["length"])).all():
             yield f"{file.name}: the rows of episode {row['episode_id']} are not whole and in order"
             return

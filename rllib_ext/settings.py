@@ -30,6 +30,11 @@ class QConfig:
     hidden: tuple[int, ...] = (512,)
     layer_norm: bool = True
 
+    def __post_init__(self) -> None:
+        """Checks the widths."""
+        if any(width < 1 for width in self.hidden):
+            raise ValueError(f"q.hidden is {list(self.hidden)}; every width must be at least 1")
+
 
 @dataclass(frozen=True)
 class DQNSettings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -15,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from toy_frames import toy_dataset, toy_preprocess
 
@@ -23,7 +26,7 @@ from pipeline import artifact, collect
 from pipeline.artifact import LatentStats, save_encoder
 from pipeline.atari import preprocess_for
 from pipeline.models.vae import VAE, VAESettings
-from pipeline.schema import MANIFEST_FILE
+from pipeline.schema import EPISODES_FILE, MANIFEST_FILE
 from pipeline.store import FramesDataset
 
 ANSWER_WITHIN_S = 20.0
@@ -76,6 +79,11 @@ def test_unknown_game(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None
         (("evaluate", "nowhere"), "nowhere"),
         (("report", "no-such-run"), "no run 'no-such-run'"),
         (("sync", "no-such-run"), "no run 'no-such-run'"),
+        ((*COLLECT, "--seed", -1), "'-1' is no seed"),
+        (("demo", "--seed", "-1"), "'-1' is no seed"),
+        ((*COLLECT, "--epsilon", "nan"), "'nan' is no share"),
+        ((*COLLECT[:-1], "ftp9://me:hunter2@host/frames"), "ftp9://***@host"),
+        (("train", "--game", "pong", "--mode", "pixels", "--set", "q.hidden=[-1]"), "q.hidden is [-1]"),
         (("fly",), "invalid choice: 'fly'"),
     ],
 )
@@ -106,6 +114,14 @@ def make_flipped(path: Path) -> None:
     file.write_bytes(content)
 
 
+def make_other_episodes(path: Path) -> None:
+    """A table of episodes that sends the held-out ones to training, well-formed in itself."""
+    toy_dataset(path, [40, 30])
+    table = pq.read_table(path / EPISODES_FILE)
+    column = table.schema.get_field_index("split")
+    pq.write_table(table.set_column(column, "split", pa.array(["train"] * len(table))), path / EPISODES_FILE)
+
+
 def make_other_shape(path: Path) -> None:
     """The manifest of one size of frames over the files of another, checksums and all."""
     toy_dataset(path, [40, 30])
@@ -132,6 +148,7 @@ def toy_dataset_file(path: Path) -> str:
         (make_unfinished, "unfinished"),
         (make_truncated, ".parquet has"),
         (make_flipped, "changed bytes"),
+        (make_other_episodes, "episodes.parquet of dataset"),
         (make_other_shape, "another schema"),
         (make_other_version, "schema version 7"),
     ],
@@ -158,6 +175,13 @@ def test_encoder_folder_that_is_none(capfd: pytest.CaptureFixture[str], tmp_path
     complaint = refused(capfd, "train", "--game", "pong", "--encoder", "no/folder")
     assert "'no/folder' is neither a folder nor an address" in complaint
     assert "is not a bundle" in refused(capfd, "train", "--game", "pong", "--encoder", tmp_path)
+
+
+def test_sealed_folder_that_is_no_encoder(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "note").write_text("sealed")
+    (tmp_path / "SHA256SUMS").write_text(f"{hashlib.sha256(b'sealed').hexdigest()}  note\n")
+    complaint = refused(capfd, "train", "--game", "pong", "--encoder", tmp_path)
+    assert "neither an encoder bundle nor a policy bundle" in complaint
 
 
 def test_encoder_with_a_changed_byte(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from ray.cluster_utils import Cluster
 from registry_toys import MlflowServer
 from test_demo import TOY
 
-from jobs import demo
+from jobs import collect, demo
+from jobs.workspace import Workspace
 from pipeline.artifact import load_encoder
 from pipeline.registry import resolve
 
@@ -40,8 +41,12 @@ def test_two_addresses_and_nothing_else_changes(cluster: Cluster, server: Mlflow
         TOY,
         num_workers=3,
         num_env_runners=3,
+        agent_steps=600,
         encoder=replace(TOY.encoder, train=replace(TOY.encoder.train, num_workers=2)),
+        agent=replace(TOY.agent, train=replace(TOY.agent.train, warmup_agent_steps=256)),
     )
+    beside = Workspace.at(str(tmp_path / "local"))  # without an address: a Ray of its own, whatever runs here
+    assert collect.run(beside, game="pong", frames=60, out=str(tmp_path / "few"), num_workers=1)["frames"] == 60
     home = tmp_path / "shared"
     result = demo.run(str(home), plan, ray_address=cluster.address, tracking_uri=server.uri)
     assert result["num_train_workers"] == 2

@@ -46,6 +46,9 @@ def test_the_whole_pipeline(tmp_path: Path) -> None:
     assert load_policy(result["policy"]).encoder.sha256 == found.sha256 == load_encoder(found.path).sha256
     with pytest.raises(UserError, match="--overwrite"):
         demo.run(str(tmp_path / "demo"), TOY)
+    with pytest.raises(UserError, match="no Ray cluster answers"):
+        demo.run(str(tmp_path / "demo"), TOY, overwrite=True, ray_address="127.0.0.1:9")
+    assert Path(result["report"]).is_file()  # an earlier demo goes only when the next one can start
     what_a_policy_and_an_encoder_are_for(tmp_path, result)
 
 
@@ -63,8 +66,10 @@ def what_a_policy_and_an_encoder_are_for(tmp_path: Path, result: dict[str, Any])
         collect.run(workspace, game="breakout", frames=90, out=f"{frames}2", policy=result["policy"], num_workers=1)
 
 
-def test_a_folder_that_is_no_demo_is_never_replaced(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("mine")
+@pytest.mark.parametrize("place", ["thesis.tex", "runs/thesis.tex"])
+def test_a_folder_that_is_no_demo_is_never_replaced(tmp_path: Path, place: str) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / place).write_text("mine")
     with pytest.raises(UserError, match="holds other things"):
         demo.run(str(tmp_path), TOY, overwrite=True)
-    assert (tmp_path / "thesis.tex").read_text() == "mine"
+    assert (tmp_path / place).read_text() == "mine"
