@@ -48,7 +48,7 @@ def collected_rate(game: str, frames: int, workers: int) -> tuple[float, float]:
             preprocess_for(game),
             frames=frames,
             behaviour=random_policy("random"),
-            policy_name="random",
+            played_by={"policy": "random"},
             num_workers=workers,
         )
         return frames / done.seconds, done.dataset.num_bytes / frames

@@ -185,7 +185,7 @@ def main() -> int:
 def _collected(folder: str) -> str:
     uri = f"{folder}/frames"
     behaviour = random_policy("random")
-    collect(uri, preprocess_for("pong"), frames=COLLECTED_FRAMES, behaviour=behaviour, policy_name="random")
+    collect(uri, preprocess_for("pong"), frames=COLLECTED_FRAMES, behaviour=behaviour, played_by={"policy": "random"})
     return uri
 
 

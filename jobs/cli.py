@@ -55,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _complain(error, 2)
     except TrackingPending as error:
+        if error.result is not None:
+            _show(error.result, options.present, as_json=options.json)
         return _complain(error, 3)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

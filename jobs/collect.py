@@ -52,7 +52,7 @@ def run(
         The keys that `latentrl collect --json` prints.
     """
     preprocess = preprocess_for(game, protocol, _size(resolution))
-    behaviour = _behaviour(workspace, policy, preprocess, epsilon)
+    behaviour, facts = _behaviour(workspace, policy, preprocess, epsilon)
     workers = os.cpu_count() or 1 if num_workers is None else num_workers
     if workers < 1:
         raise UserError(f"--num-workers is {workers}; ask for at least 1")
@@ -66,7 +66,7 @@ def run(
             preprocess,
             frames=frames,
             behaviour=behaviour,
-            policy_name=policy,
+            played_by={"policy": policy, **facts},
             seed=seed,
             with_ram=with_ram,
             num_workers=workers,
@@ -82,15 +82,20 @@ def _size(resolution: str) -> tuple[int, int]:
     return RESOLUTIONS[resolution]
 
 
-def _behaviour(workspace: Workspace, policy: str, preprocess: Preprocess, epsilon: float) -> BehaviourFactory:
+def _behaviour(
+    workspace: Workspace, policy: str, preprocess: Preprocess, epsilon: float
+) -> tuple[BehaviourFactory, dict[str, Any]]:
+    """Who plays, and what the manifest says of it besides the address: an alias may mean another version tomorrow."""
     if policy in RANDOM_POLICIES:
-        return random_policy(policy)
+        return random_policy(policy), {}
     if "/" not in policy and ":" not in policy and not Path(policy).is_dir():
-        return random_policy(policy)  # a plain word that is no policy's address: says which names there are
+        return random_policy(policy), {}  # a plain word that is no policy's address: says which names there are
     from pipeline.resolve import resolve
     from rllib_ext.behaviour import PolicyFactory
 
-    return PolicyFactory.load(resolve(policy, workspace.tracking_uri, workspace.cache).path, preprocess, epsilon)
+    resolved = resolve(policy, workspace.tracking_uri, workspace.cache)
+    facts = {"policy_uri": resolved.uri, "policy_sha256": resolved.sha256, "epsilon": epsilon}
+    return PolicyFactory.load(resolved.path, preprocess, epsilon), facts
 
 
 def _described(collected: Collected, out: str) -> dict[str, Any]:

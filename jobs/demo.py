@@ -129,7 +129,7 @@ def run(
         "num_remote_env_runners": agent["num_remote_env_runners"],
         "seconds": round(time.monotonic() - started, 1),
     }
-    return {**result, "table": _table(plan.game, result, ui_command(workspace.tracking_uri))}
+    return parent.delivered({**result, "table": _table(plan.game, result, ui_command(workspace.tracking_uri))})
 
 
 def _require_replaceable(home: Path, *, overwrite: bool) -> None:
@@ -139,7 +139,7 @@ def _require_replaceable(home: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UserError(f"{home} exists and is not empty; add --overwrite or name another --out")
-    other = sorted(name for name in names - DEMO_FOLDERS if not name.startswith("mlflow.db"))
+    other = sorted(name for name in names - DEMO_FOLDERS if not name.startswith("mlflow."))
     if other or not any(home.glob("runs/demo-*/run.json")):
         raise UserError(f"{home} holds other things than a demo ({other[:3] or 'no demo run'}); name another --out")
 

@@ -128,8 +128,7 @@ def run(
         _log_start(tracked, settings, agent)
         result = _evaluate(agent, settings, folder, tracked.run_id)
         _log_end(tracked, result, folder)
-    tracked.require_delivered()
-    return result
+    return tracked.delivered(result)
 
 
 def _settings(agent: Agent, address: str, episodes: int, seed: int, has_video: bool) -> Evaluation:

@@ -77,8 +77,7 @@ def run(
         opened.log_dataset(dataset.uri, dataset.preprocess.game, dataset.digest, "pretrain")
         session = _Session(opened, recipe, dataset, is_resumed=resume)
         result = session.run(register, total_steps, promote=promote)
-    opened.require_delivered()
-    return result
+    return opened.delivered(result)
 
 
 def _folder_to_resume(workspace: Workspace, register: str) -> Path:

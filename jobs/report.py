@@ -9,6 +9,7 @@ from jobs.lineage import RunFolder, find_relatives
 from jobs.page import page_content
 from jobs.workspace import Workspace
 from pipeline.errors import TrackingPending
+from pipeline.outbox import Outbox
 from pipeline.report import write_report
 from pipeline.tracking import CLOSE_PATIENCE_S, Tracking, open_outbox, pending_message
 
@@ -32,16 +33,18 @@ def run(workspace: Workspace, run: str) -> dict[str, Any]:
     folder = RunFolder.read(workspace.find_run(run))
     kin = find_relatives(folder, workspace)
     path = write_report(folder.path / PAGE, page_content(folder, kin, workspace))
-    _log_artifact(folder, path, workspace)
-    return {"path": str(path)}
+    result = {"path": str(path)}
+    outbox = _log_artifact(folder, path, workspace)
+    if outbox.close(CLOSE_PATIENCE_S) > 0:
+        raise TrackingPending(pending_message(folder.path, folder.record.uri, outbox), result)
+    return result
 
 
-def _log_artifact(folder: RunFolder, path: Path, workspace: Workspace) -> None:
+def _log_artifact(folder: RunFolder, path: Path, workspace: Workspace) -> Outbox:
     """Adds the page to a run that has ended, and leaves its status and times as they are."""
     own, given = Tracking(folder.record.uri), Tracking(workspace.tracking_uri)
     address = given.address if given.uri == own.uri else own.address  # the given one may hold a password
     outbox = open_outbox(folder.path, folder.record, address)
     outbox.start()
     outbox.append("file", {"path": str(path), "directory": ""})
-    if outbox.close(CLOSE_PATIENCE_S) > 0:
-        raise TrackingPending(pending_message(folder.path, folder.record.uri, outbox))
+    return outbox

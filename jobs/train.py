@@ -157,8 +157,7 @@ def run(
         config.validate()  # before the run's folder is made
         with _open_run(workspace, tracking, plan, folder, parent_run_id) as opened:
             result = _Session(opened, plan, preprocess, resolved).run(config, name, is_resumed=resume)
-    opened.require_delivered()
-    return result
+    return opened.delivered(result)
 
 
 def build_config(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ def collect(
     *,
     frames: int,
     behaviour: BehaviourFactory,
-    policy_name: str,
+    played_by: Mapping[str, Any],
     seed: int = 0,
     with_ram: bool = False,
     num_workers: int = 1,
@@ -92,7 +92,7 @@ def collect(
         preprocess: What a frame is.
         frames: Rows to store; each lane's last episode is truncated at its share.
         behaviour: Makes the policy that plays.
-        policy_name: For the record.
+        played_by: For the record: the policy's name or address, a bundle's sha256, its share of random actions.
         seed: Decides everything; the digest depends on it and not on `num_workers`.
         with_ram: Stores the emulator's RAM beside each frame.
         num_workers: Actors, one CPU and one environment thread each.
@@ -109,7 +109,7 @@ def collect(
         ray.get([worker.ready.remote() for worker in workers])
         start = time.perf_counter()
         results, rows_per_worker = _run_shards(workers, plan_shards(frames, seed), behaviour, on_rows)
-        settings = {"policy": policy_name, "seed": seed, "lanes": len(results)}
+        settings = {**played_by, "seed": seed, "lanes": len(results)}
         _finish(filesystem, root, preprocess, results, seed=seed, with_ram=with_ram, collection=settings)
     except BaseException as error:
         filesystem.delete_dir(root)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class UserError(Exception):
     """Something the user can mend: one line that says what, the value seen, and what to do.
@@ -14,4 +16,14 @@ class TrackingPending(Exception):
     """The work is done and safe on disk, but the tracking server has not received all of it.
 
     The command line prints the line, which names `latentrl sync RUN`, and exits with code 3.
+
+    Attributes:
+        result: What the stage would have returned, where it ended as a whole.
     """
+
+    def __init__(self, message: str, result: dict[str, Any] | None = None) -> None:
+        super().__init__(message, result)
+        self.result = result
+
+    def __str__(self) -> str:
+        return str(self.args[0])

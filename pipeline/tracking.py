@@ -244,14 +244,15 @@ class Run:
         self.outbox.append("status", {"status": status})
         self.pending = self.outbox.close(CLOSE_PATIENCE_S) > 0
 
-    def require_delivered(self) -> None:
-        """For a stage's end, after `close`.
+    def delivered(self, result: dict[str, Any]) -> dict[str, Any]:
+        """A stage's result, passed on after `close`.
 
         Raises:
-            TrackingPending: Operations are still in the journal.
+            TrackingPending: Operations are still in the journal; it carries the result.
         """
         if self.pending:
-            raise TrackingPending(pending_message(self.folder, self.uri, self.outbox))
+            raise TrackingPending(pending_message(self.folder, self.uri, self.outbox), result)
+        return result
 
     def __enter__(self) -> Run:
         return self

@@ -25,6 +25,7 @@ from jobs.cli import main
 from pipeline import artifact, collect
 from pipeline.artifact import LatentStats, save_encoder
 from pipeline.atari import preprocess_for
+from pipeline.errors import TrackingPending
 from pipeline.models.vae import VAE, VAESettings
 from pipeline.schema import EPISODES_FILE, MANIFEST_FILE
 from pipeline.store import FramesDataset
@@ -317,3 +318,17 @@ def test_toy_helpers_are_what_they_seem(tmp_path: Path) -> None:
     assert artifact.load_encoder(toy_encoder(tmp_path / "enc")).preprocess == preprocess_for("pong")
     assert toy_preprocess().height == 12
     shutil.rmtree(tmp_path / "it")
+
+
+def test_done_but_not_delivered(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 3 comes with the result."""
+    result = {"path": "report.html"}
+
+    def late(*arguments: object) -> None:
+        raise TrackingPending("the server is behind; `latentrl sync RUN` when it is back", result)
+
+    monkeypatch.setattr("jobs.report.run", late)
+    assert main(["report", "RUN", "--json"]) == 3
+    printed = capfd.readouterr()
+    assert json.loads(printed.out.splitlines()[-1]) == result
+    assert "latentrl sync RUN" in printed.err

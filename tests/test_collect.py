@@ -36,7 +36,12 @@ def dataset(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> FramesDa
 
 
 def gather(out: Path, frames: int, **settings: object) -> FramesDataset:
-    options = {"behaviour": random_policy("random"), "policy_name": "random", "seed": 3, "num_workers": 1} | settings
+    options = {
+        "behaviour": random_policy("random"),
+        "played_by": {"policy": "random"},
+        "seed": 3,
+        "num_workers": 1,
+    } | settings
     return collect(str(out), BREAKOUT, frames=frames, **options).dataset  # type: ignore[arg-type]
 
 

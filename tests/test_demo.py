@@ -15,6 +15,7 @@ from jobs.workspace import Workspace
 from pipeline.artifact import load_encoder
 from pipeline.errors import UserError
 from pipeline.registry import resolve
+from pipeline.store import FramesDataset
 from rllib_ext.policy import load_policy
 
 ENCODER, AGENT = PRETRAIN_RECIPES["demo"], TRAIN_RECIPES["demo"]
@@ -61,6 +62,9 @@ def what_a_policy_and_an_encoder_are_for(tmp_path: Path, result: dict[str, Any])
         encoded = encode.run(workspace, frames, result["model_uri"], latents)
     assert data.check(frames)["errors"] == []
     assert collected["frames"] == 90
+    made_by = FramesDataset.open(frames).collection
+    assert made_by["policy_sha256"] == load_policy(result["policy"]).sha256
+    assert made_by["epsilon"] == 0.05
     assert encoded["frames"] > 0
     with pytest.raises(UserError, match="breakout"):
         collect.run(workspace, game="breakout", frames=90, out=f"{frames}2", policy=result["policy"], num_workers=1)

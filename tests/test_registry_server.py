@@ -69,7 +69,7 @@ def test_a_server_serves_as_the_sqlite_file_does(
             run.log_metrics({"loss": 1.0}, step)
         run.log_folder(bundle, "encoder")
         registered = register(run, bundle, "served")
-    run.require_delivered()
+    assert run.delivered({"key": 1}) == {"key": 1}
     assert registered is not None
     assert capfd.readouterr().out == ""
     client = MlflowClient(server.uri, server.uri)
@@ -125,7 +125,7 @@ def test_a_server_that_dies_stops_nobody_and_gets_everything_later(
     ended.close()
     assert ended.pending
     with pytest.raises(TrackingPending, match=f"latentrl sync {ended.folder.name}$"):
-        ended.require_delivered()
+        ended.delivered({})
     (ended.folder / "result.json").write_text(json.dumps({"model_uri": None, "version": None, "aliases": []}))
     with pytest.raises(UserError, match="connection refused"):
         sync_stage.run(workspace, ended.folder.name)
