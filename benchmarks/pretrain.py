@@ -138,8 +138,10 @@ def measure(uri: str, recipe: PretrainRecipe, updates: int) -> dict[str, Any]:
             if step:
                 before = time.perf_counter()
                 signal_ray(signal.SIGSTOP)
-                turns.append(batch * bare.turn(TURN_S))
-                signal_ray(signal.SIGCONT)
+                try:
+                    turns.append(batch * bare.turn(TURN_S))
+                finally:
+                    signal_ray(signal.SIGCONT)
                 stopped_s += time.perf_counter() - before
         result = streamed.result()
     total_s = time.perf_counter() - began
@@ -167,6 +169,8 @@ def main() -> int:
     parser.add_argument("--updates", type=int, default=1500, help="training steps through Ray (1500)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
+    if options.updates <= 2 * UPDATES_AFTER_TURNS:
+        parser.error(f"--updates is {options.updates}; ask for more than {2 * UPDATES_AFTER_TURNS}")
     ray.init(
         num_cpus=max(2, os.cpu_count() or 2), object_store_memory=1 << 30, include_dashboard=False, log_to_driver=False
     )
