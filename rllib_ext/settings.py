@@ -16,6 +16,7 @@ from pipeline.errors import UserError
 T = TypeVar("T")
 
 MODES = ("frozen", "finetune", "pixels")
+_CHOICES = {"exploration": ("schedule", "apex"), "precision": ("float32", "bf16", "auto")}
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,27 @@ class QConfig:
     Attributes:
         hidden: Widths of the hidden layers.
         layer_norm: Whether each hidden layer is normalised before its nonlinearity (Ba et al. 2016).
+        dueling: Value and advantage streams after the last hidden layer (Wang et al. 2016).
+        num_atoms: 1 learns expected returns; more learn their distribution on so many atoms (C51, Bellemare et al. 2017).
+        v_min: Lowest atom; only with several atoms.
+        v_max: Highest atom.
     """
 
     hidden: tuple[int, ...] = (512,)
     layer_norm: bool = True
+    dueling: bool = False
+    num_atoms: int = 1
+    v_min: float = -10.0
+    v_max: float = 10.0
 
     def __post_init__(self) -> None:
-        """Checks the widths."""
+        """Checks the widths and the atoms."""
         if any(width < 1 for width in self.hidden):
             raise ValueError(f"q.hidden is {list(self.hidden)}; every width must be at least 1")
+        if self.num_atoms < 1:
+            raise ValueError(f"q.num_atoms is {self.num_atoms}; give 1 (expected returns) or more")
+        if self.num_atoms > 1 and self.v_min >= self.v_max:
+            raise ValueError(f"q.v_min is {self.v_min} and q.v_max is {self.v_max}; v_min must be the lower one")
 
 
 @dataclass(frozen=True)
@@ -54,13 +67,24 @@ class DQNSettings:
         epsilon_start: Chance of a random action at the start.
         epsilon_end: And from `epsilon_decay_agent_steps` on; linear in between.
         epsilon_decay_agent_steps: See above; counted over all runners, from the start.
+        exploration: "schedule": every runner follows epsilon's schedule. "apex": every environment i of N keeps a rate of
+            its own, epsilon_end ** (1 + 7 * i / (N - 1)) after the decay (Horgan et al. 2018, eq. 1).
+        priority_alpha: 0 draws uniformly; above, with probability proportional to |TD error| ** alpha (Schaul et al. 2016).
+        priority_beta: Exponent of the importance weights that correct such draws; 1 corrects fully.
         target_update_updates: Updates between copies to the target network; 0 when `target_tau` is used.
+        double: The online network chooses the next action, the target network values it (van Hasselt et al. 2016); without
+            it the target network does both.
         target_tau: Share of the network blended into the target after every update; 0 when copies are used.
         envs_per_runner: Environments stepped together by one runner.
         fragment_length: Vector steps that a runner takes between two exchanges with the learner.
+        synchronous: Sampling and learning take turns, which makes runs reproducible bit for bit; otherwise they overlap.
+        max_lead_fragments: How many fragments a runner may be ahead of the learner before it has to wait.
+        max_updates_per_step: Updates of one training step at most; a longer backlog is worked off in several.
         reward_clip: Learning sees rewards cut to [-reward_clip, reward_clip]; 0 leaves them alone.
         life_loss_ends_bootstrap: Whether no value is carried over the loss of a life (the game goes on).
         grad_clip: Greatest norm of a gradient, per optimizer; 0 leaves them alone.
+        precision: "float32", or "bf16": forward passes of the update under autocast. "auto" is bf16 where the processor
+            computes in it, else float32.
         runner_threads: Threads of a remote runner, for its environments and for torch.
         learner_threads: Threads of torch in the driver.
     """
@@ -78,13 +102,21 @@ class DQNSettings:
     epsilon_start: float = 1.0
     epsilon_end: float = 0.02
     epsilon_decay_agent_steps: int = 20_000
+    exploration: str = "schedule"
+    priority_alpha: float = 0.0
+    priority_beta: float = 0.5
     target_update_updates: int = 1_000
+    double: bool = True
     target_tau: float = 0.0
     envs_per_runner: int = 16
     fragment_length: int = 8
+    synchronous: bool = False
+    max_lead_fragments: float = 2.0
+    max_updates_per_step: int = 32
     reward_clip: float = 1.0
     life_loss_ends_bootstrap: bool = True
     grad_clip: float = 10.0
+    precision: str = "float32"
     runner_threads: int = 1
     learner_threads: int = 1
 
@@ -114,10 +146,13 @@ class DQNSettings:
             value = getattr(self, name)
             if not is_sound(value):
                 raise UserError(f"train.{name} is {value}; {advice}")
-        self._check_exploration()
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"train.{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
+        self._check_target()
         self._check_sizes(num_lanes)
 
-    def _check_exploration(self) -> None:
+    def _check_target(self) -> None:
         if (self.target_tau > 0) == (self.target_update_updates > 0):
             raise UserError(
                 f"train.target_tau is {self.target_tau} and train.target_update_updates is "
@@ -156,9 +191,11 @@ _FIELD_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     *((name, *_POSITIVE) for name in ("lr", "encoder_lr", "adam_epsilon", "batch_size", "n_step", "stack")),
     *((name, *_POSITIVE) for name in ("updates_per_agent_step", "replay_capacity", "envs_per_runner")),
     *((name, *_POSITIVE) for name in ("fragment_length", "runner_threads", "learner_threads")),
+    *((name, *_POSITIVE) for name in ("max_lead_fragments", "max_updates_per_step")),
     *((name, *_NATURAL) for name in ("warmup_agent_steps", "epsilon_decay_agent_steps", "reward_clip", "grad_clip")),
     *((name, *_NATURAL) for name in ("target_update_updates",)),
     *((name, *_SHARE) for name in ("gamma", "epsilon_start", "epsilon_end", "target_tau")),
+    *((name, *_SHARE) for name in ("priority_alpha", "priority_beta")),
 )
 
 
