@@ -27,7 +27,8 @@ class QConfig:
         hidden: Widths of the hidden layers.
         layer_norm: Whether each hidden layer is normalised before its nonlinearity (Ba et al. 2016).
         dueling: Value and advantage streams after the last hidden layer (Wang et al. 2016).
-        num_atoms: 1 learns expected returns; more learn their distribution on so many atoms (C51, Bellemare et al. 2017).
+        num_atoms: 1 learns expected returns; more learn their distribution on so many atoms (C51,
+            Bellemare et al. 2017).
         v_min: Lowest atom; only with several atoms.
         v_max: Highest atom.
     """
@@ -67,17 +68,19 @@ class DQNSettings:
         epsilon_start: Chance of a random action at the start.
         epsilon_end: And from `epsilon_decay_agent_steps` on; linear in between.
         epsilon_decay_agent_steps: See above; counted over all runners, from the start.
-        exploration: "schedule": every runner follows epsilon's schedule. "apex": every environment i of N keeps a rate of
-            its own, epsilon_end ** (1 + 7 * i / (N - 1)) after the decay (Horgan et al. 2018, eq. 1).
-        priority_alpha: 0 draws uniformly; above, with probability proportional to |TD error| ** alpha (Schaul et al. 2016).
+        exploration: "schedule": every runner follows epsilon's schedule. "apex": environment i of all N keeps a rate
+            of its own, 0.4 ** (1 + 7 * i / (N - 1)), from the end of the warm-up on (Horgan et al. 2018, section 4).
+        priority_alpha: 0 draws uniformly; above, with probability proportional to |TD error| ** alpha (Schaul et
+            al. 2016).
         priority_beta: Exponent of the importance weights that correct such draws; 1 corrects fully.
         target_update_updates: Updates between copies to the target network; 0 when `target_tau` is used.
-        double: The online network chooses the next action, the target network values it (van Hasselt et al. 2016); without
-            it the target network does both.
+        double: The online network chooses the next action, the target network values it (van Hasselt et al. 2016);
+            without it the target network does both.
         target_tau: Share of the network blended into the target after every update; 0 when copies are used.
         envs_per_runner: Environments stepped together by one runner.
         fragment_length: Vector steps that a runner takes between two exchanges with the learner.
-        synchronous: Sampling and learning take turns, which makes runs reproducible bit for bit; otherwise they overlap.
+        synchronous: Sampling and learning take turns, so that runs are reproducible bit for bit; otherwise they
+            overlap.
         max_lead_fragments: How many fragments a runner may be ahead of the learner before it has to wait.
         max_updates_per_step: Updates of one training step at most; a longer backlog is worked off in several.
         reward_clip: Learning sees rewards cut to [-reward_clip, reward_clip]; 0 leaves them alone.
