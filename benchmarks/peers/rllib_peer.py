@@ -1,0 +1,72 @@
+"""Stock RLlib DQN on its new API stack, with RLlib's own Atari wrapper (84x84, four float32 frames)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import ale_py
+import gymnasium as gym
+from ray.rllib.algorithms.dqn import DQN, DQNConfig
+from ray.rllib.core import ALL_MODULES
+from ray.rllib.env.wrappers.atari_wrappers import wrap_atari_for_new_api_stack
+from ray.rllib.utils.metrics import (
+    ENV_RUNNER_RESULTS,
+    LEARNER_RESULTS,
+    NUM_ENV_STEPS_SAMPLED_LIFETIME,
+    NUM_ENV_STEPS_TRAINED_LIFETIME,
+)
+from ray.tune.registry import register_env
+
+from peers.measuring import Counts, ray_here
+
+BATCH = 32
+STEPS_PER_UPDATE = 4
+UNIFORM_BUFFER = {"type": "EpisodeReplayBuffer", "capacity": 50_000}
+
+
+def make_env(_: Any) -> gym.Env[Any, Any]:
+    """Pong as RLlib wraps it."""
+    gym.register_envs(ale_py)
+    env = gym.make("ALE/Pong-v5", frameskip=1, repeat_action_probability=0.0)
+    return wrap_atari_for_new_api_stack(env, dim=84, frameskip=4, framestack=4)
+
+
+def rllib(num_env_runners: int, num_envs: int, warmup: int, is_prioritised: bool = True) -> Iterator[Counts]:
+    """Trains for ever, one update per four agent steps, double and dueling as it ships; yields once a second or so."""
+    register_env("pong", make_env)
+    with ray_here():
+        algorithm = _config(num_env_runners, num_envs, warmup, is_prioritised).build_algo()
+        try:
+            while True:
+                algorithm.train()
+                yield _counts(algorithm)
+        finally:
+            algorithm.stop()
+
+
+def _config(num_env_runners: int, num_envs: int, warmup: int, is_prioritised: bool) -> DQNConfig:
+    steps = num_envs * STEPS_PER_UPDATE * max(1, num_env_runners)  # of one sampling round
+    # RLlib takes the round for (num_env_runners + 1) runners' when it turns this into updates a round.
+    native = BATCH / (num_envs * STEPS_PER_UPDATE * (num_env_runners + 1))
+    config = (
+        DQNConfig()
+        .environment("pong")
+        .env_runners(
+            num_env_runners=num_env_runners, num_envs_per_env_runner=num_envs, rollout_fragment_length=STEPS_PER_UPDATE
+        )
+        .training(
+            train_batch_size_per_learner=BATCH,
+            training_intensity=native * steps / STEPS_PER_UPDATE,
+            num_steps_sampled_before_learning_starts=warmup,
+        )
+        .reporting(min_time_s_per_iteration=1, min_sample_timesteps_per_iteration=0)
+        .debugging(seed=0, log_level="ERROR")
+    )
+    return config if is_prioritised else config.training(replay_buffer_config=UNIFORM_BUFFER)
+
+
+def _counts(algorithm: DQN) -> Counts:
+    sampled = algorithm.metrics.peek((ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME), default=0)
+    trained = algorithm.metrics.peek((LEARNER_RESULTS, ALL_MODULES, NUM_ENV_STEPS_TRAINED_LIFETIME), default=0)
+    return Counts(int(sampled), int(trained) // BATCH)
