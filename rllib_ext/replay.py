@@ -1,4 +1,4 @@
-"""Columnar replay: one ring per environment (lane), single frames or latents, states and returns made when drawn.
+"""Columnar replay: one ring per environment (lane), single frames or latents, states made when drawn.
 
 A row is one observation with the action taken on it and what that action brought. Row i of a lane holds:
 
@@ -10,11 +10,26 @@ A row is one observation with the action taken on it and what that action brough
     is_last    the row holds an episode's final observation: no action was taken on it, it is never a start
     age        rows since the episode's first one; stacks are clipped there
 
-Shapes: L lanes, C rows of a lane's ring, T rows and E lanes of a fragment, B batch, K stacked observations.
+and, worked out once when the rows that decide it have arrived:
+
+    is_start   a transition can start here: an action was taken, the rewards up to the bootstrap and the observation to
+               bootstrap from are there, and the whole stack is still held
+    returns    the discounted sum of the rewards up to the bootstrap
+    ahead      how many rows further the observation to bootstrap from lies; 0 where the bootstrap ended
+
+With priorities, a sum tree holds one leaf a row: greater than 0 exactly where `is_start` is.
+
+A transition's id is row * L + lane, its row counted from the lane's first ever. Rows are never counted anew when the
+ring wraps, so an id is unique for the life of a run; its generation, how often its slot was used before, is
+row // C. Whoever names an id can therefore never hit the transition that has taken its slot since.
+
+Shapes: L lanes, C rows of a lane's ring, T rows and E lanes of a fragment, B batch, K stacked observations. A place is
+a slot's index over all lanes, lane * C + row % C.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,6 +37,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rllib_ext.stacking import stack_positions
+from rllib_ext.sum_tree import SumTree, tree_bytes
 
 COLUMNS: dict[str, np.dtype[Any]] = {
     "action": np.dtype(np.uint8),
@@ -30,7 +46,12 @@ COLUMNS: dict[str, np.dtype[Any]] = {
     "truncated": np.dtype(np.bool_),
     "is_last": np.dtype(np.bool_),
     "age": np.dtype(np.int32),
+    "is_start": np.dtype(np.bool_),
+    "returns": np.dtype(np.float32),
+    "ahead": np.dtype(np.int16),
 }
+_SENT = ("obs", "action", "reward", "terminated", "truncated", "is_last")
+_LEAST_TD_ERROR = 1e-6  # keeps every transition drawable
 _MAX_DRAWS = 1_000
 
 
@@ -51,11 +72,12 @@ class Rows(NamedTuple):
 
 
 class Transitions(NamedTuple):
-    """A drawn batch.
+    """Drawn transitions.
 
     `obs`, `next_obs` (B, K, ...) in the dtype stored; `action` (B,) int64; `returns` (B,) float32, the discounted sum
     of the rewards up to the bootstrap; `discount` (B,) float32, what the value of `next_obs` counts: 0 after a
-    termination, else gamma to the number of rewards summed.
+    termination, else gamma to the number of rewards summed; `ids` (B,) int64, for `update_priorities`; `weights` (B,)
+    float32, importance weights divided by the greatest of the batch, 1 where draws are uniform.
     """
 
     obs: NDArray[Any]
@@ -63,6 +85,8 @@ class Transitions(NamedTuple):
     returns: NDArray[np.float32]
     next_obs: NDArray[Any]
     discount: NDArray[np.float32]
+    ids: NDArray[np.int64]
+    weights: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -77,6 +101,7 @@ class ReplaySpec:
         stack: K.
         n_step: Greatest number of rewards in a return.
         gamma: Discount per step.
+        priority_alpha: A transition is drawn in proportion to |TD error| to this power; 0 draws uniformly.
     """
 
     num_lanes: int
@@ -86,10 +111,28 @@ class ReplaySpec:
     stack: int
     n_step: int
     gamma: float
+    priority_alpha: float = 0.0
+
+
+def required_bytes(spec: ReplaySpec) -> int:
+    """Bytes that a full replay takes: all columns and the tree."""
+    obs = math.prod(spec.obs_shape) * np.dtype(spec.obs_dtype).itemsize
+    num_rows = spec.num_lanes * spec.lane_rows
+    columns = num_rows * (obs + sum(dtype.itemsize for dtype in COLUMNS.values()))
+    return columns + (tree_bytes(num_rows) if spec.priority_alpha else 0)
 
 
 class ColumnarReplay:
-    """The rings, how they are filled, and uniform draws from them."""
+    """The rings, how they are filled, and draws from them.
+
+    Attributes:
+        columns: Name to (L, C, ...) array.
+        written: (L,) int64, rows ever written; row r lies in slot r % C.
+        tree: Priorities by place; None where draws are uniform.
+        max_priority: The greatest priority seen so far, which new transitions get; 1 at first.
+        num_cut_episodes: Episodes that were cut because their lane went on with another one.
+        saved_as: Id of the checkpoint it was last saved to or loaded from; None before the first.
+    """
 
     def __init__(self, spec: ReplaySpec, seed: int = 0) -> None:
         """Reserves memory for all rows; the system hands pages out as they are first written."""
@@ -98,7 +141,13 @@ class ColumnarReplay:
         shape = (spec.num_lanes, spec.lane_rows)
         self.columns: dict[str, NDArray[Any]] = {name: np.zeros(shape, dtype) for name, dtype in COLUMNS.items()}
         self.columns["obs"] = np.empty((*shape, *spec.obs_shape), spec.obs_dtype)
-        self.written = np.zeros(spec.num_lanes, np.int64)  # rows ever written; row r lies in slot r % C
+        self._flat = {name: column.reshape(-1, *column.shape[2:]) for name, column in self.columns.items()}
+        self.written = np.zeros(spec.num_lanes, np.int64)
+        self.tree = SumTree(spec.num_lanes * spec.lane_rows) if spec.priority_alpha else None
+        self.max_priority = 1.0
+        self.num_cut_episodes = 0
+        self.saved_as: str | None = None
+        self._discounts = np.array([0.0, *spec.gamma ** np.arange(1, spec.n_step + 1)], np.float32)  # by `ahead`
 
     def __len__(self) -> int:
         """Rows held."""
@@ -106,8 +155,8 @@ class ColumnarReplay:
 
     @property
     def bytes_per_row(self) -> int:
-        """Bytes that one row takes, in all columns."""
-        return sum(column.nbytes for column in self.columns.values()) // (self.spec.num_lanes * self.spec.lane_rows)
+        """Bytes that one row takes, in all columns and the tree."""
+        return -(-required_bytes(self.spec) // (self.spec.num_lanes * self.spec.lane_rows))
 
     def add(self, rows: Rows, first_lane: int) -> None:
         """Appends rows to E lanes from `first_lane` on.
@@ -120,90 +169,122 @@ class ColumnarReplay:
             raise ValueError(f"a fragment of {num_rows} rows does not fit into rings of {self.spec.lane_rows}")
         lanes = np.arange(first_lane, first_lane + num_lanes)
         self._cut_open_episodes(lanes[rows.is_first[0]])
-        age = self._ages(rows.is_first, lanes)
-        slots = (self.written[lanes] + np.arange(num_rows)[:, None]) % self.spec.lane_rows
-        for name, column in self.columns.items():
-            column[lanes, slots] = age if name == "age" else getattr(rows, name)
+        numbers = self.written[lanes] + np.arange(num_rows)[:, None]
+        places = self._places(lanes, numbers)
+        self._flat["age"][places] = self._ages(rows.is_first, lanes)
+        self._flat["is_start"][places] = False
+        for name in _SENT:
+            self._flat[name][places] = getattr(rows, name)
         self.written[lanes] += num_rows
+        self._find_starts(lanes, num_rows)
 
-    def sample(self, batch_size: int) -> Transitions:
-        """Draws transitions with replacement, each valid start equally likely."""
-        lanes, starts = self._draw(batch_size)
-        return self.gather(lanes, starts)
-
-    def _draw(self, batch_size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        # The place for prioritised draws and for ids: whatever chooses (lane, row), `gather` does the rest.
-        held = np.minimum(self.written, self.spec.lane_rows)
-        ends = np.cumsum(held)
-        if ends[-1] == 0:
-            raise ValueError("the replay is empty")
-        lanes, starts = np.empty(0, np.int64), np.empty(0, np.int64)
-        for _ in range(_MAX_DRAWS):
-            pick = self.rng.integers(0, ends[-1], batch_size - len(lanes))
-            lane = np.searchsorted(ends, pick, side="right")
-            start = (self.written[lane] - (ends[lane] - pick)).astype(np.int64)
-            keep = self.is_start(lane, start)
-            lanes, starts = np.append(lanes, lane[keep]), np.append(starts, start[keep])
-            if len(lanes) == batch_size:
-                return lanes, starts
-        raise ValueError(f"no complete transition among the {len(self)} rows of the replay")
-
-    def is_start(self, lanes: NDArray[np.int64], starts: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Whether a transition can start at these rows.
-
-        It can when an action was taken there, the whole stack is still held, and the rewards up to the bootstrap and
-        the observation to bootstrap from have arrived. Rows are counted from the lane's first ever.
-        """
-        oldest = np.maximum(self.written[lanes] - self.spec.lane_rows, 0)
-        stack_start = starts - np.minimum(self.spec.stack - 1, self._at("age", lanes, starts))
-        length, ended = self._returns_end(lanes, starts)
-        newest_needed = np.where(ended, starts + length - 1, starts + length)
-        is_held = (stack_start >= oldest) & (newest_needed < self.written[lanes])
-        sound: NDArray[np.bool_] = is_held & ~self._at("is_last", lanes, starts)
-        return sound
-
-    def gather(self, lanes: NDArray[np.int64], starts: NDArray[np.int64]) -> Transitions:
-        """The transitions that start at valid rows.
+    def sample(self, batch_size: int, beta: float = 0.0, num_batches: int = 1) -> Transitions:
+        """Draws transitions with replacement: in proportion to their priorities, or each equally likely.
 
         Args:
-            lanes: (B,) lane of each.
-            starts: (B,) row of each, counted from the lane's first ever.
+            batch_size: Transitions of a batch.
+            beta: Exponent of the importance weights: 0 corrects nothing, 1 the whole bias of prioritised draws.
+            num_batches: Batches drawn at once, one behind the other; weights are divided by the greatest of each.
+
+        Returns:
+            num_batches * batch_size transitions.
+
+        Raises:
+            ValueError: Nothing can be drawn yet.
+
+        References:
+            Schaul et al. (2016), Prioritized Experience Replay, eq. 1 and section 3.4. arXiv:1511.05952.
         """
-        length, ended = self._returns_end(lanes, starts)
-        steps = np.arange(self.spec.n_step)
-        rewards = self._at("reward", lanes[:, None], starts[:, None] + steps)
-        weights = np.where(steps < length[:, None], self.spec.gamma**steps, 0.0)
-        bootstrap_rows = np.where(ended, starts, starts + length)
+        if not self.written.any():
+            raise ValueError("the replay is empty")
+        num_drawn = num_batches * batch_size
+        if self.tree is None:
+            return self._gather(self._draw_uniform(num_drawn), np.ones(num_drawn, np.float32))
+        if self.tree.total == 0.0:
+            raise self._no_transition()
+        places = self.tree.find(self.rng.random(num_drawn))
+        priorities = self.tree.weights.take(places).reshape(num_batches, batch_size)
+        weights = (priorities / priorities.min(1, keepdims=True)) ** -beta  # N and the total cancel out
+        return self._gather(places, weights.reshape(-1).astype(np.float32))
+
+    def update_priorities(self, ids: NDArray[np.int64], td_errors: NDArray[np.float32]) -> None:
+        """Sets priorities to (|TD error| + 1e-6) ** alpha; does nothing where draws are uniform.
+
+        Args:
+            ids: (N,) of drawn transitions. Those that have left the replay since are ignored; of one that is named
+                several times the last TD error counts.
+            td_errors: (N,) signed or absolute.
+
+        Raises:
+            ValueError: A TD error is not finite.
+        """
+        if self.tree is None:
+            return
+        held = self.is_start(ids)
+        priorities = (np.abs(td_errors, dtype=np.float64) + _LEAST_TD_ERROR) ** self.spec.priority_alpha
+        greatest = float(priorities.max(initial=0.0, where=held))
+        if not math.isfinite(greatest):
+            raise ValueError(f"TD errors must be finite; the greatest priority among {len(ids)} is {greatest}")
+        self.max_priority = max(self.max_priority, greatest)
+        self.tree.set(self._places_of(ids[held]), priorities[held])
+
+    def is_start(self, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """(N,) whether these transitions can be drawn: they are complete and still wholly held."""
+        newest = self.written.take(ids % self.spec.num_lanes)
+        rows = ids // self.spec.num_lanes
+        is_held = (rows < newest) & (rows >= newest - self.spec.lane_rows)
+        sound: NDArray[np.bool_] = is_held & self._flat["is_start"].take(self._places_of(ids))
+        return sound
+
+    def gather(self, ids: NDArray[np.int64]) -> Transitions:
+        """The transitions of ids of which `is_start` holds, with weights of 1."""
+        return self._gather(self._places_of(ids), np.ones(len(ids), np.float32))
+
+    def _draw_uniform(self, num_drawn: int) -> NDArray[np.int64]:
+        held = np.minimum(self.written, self.spec.lane_rows)
+        ends = np.cumsum(held)
+        places = np.empty(0, np.int64)
+        for _ in range(_MAX_DRAWS):
+            pick = self.rng.integers(0, ends[-1], num_drawn - len(places))
+            lane = np.searchsorted(ends, pick, side="right")
+            drawn = lane * self.spec.lane_rows + pick - (ends - held).take(lane)
+            places = np.append(places, drawn[self._flat["is_start"].take(drawn)])
+            if len(places) == num_drawn:
+                return places
+        raise self._no_transition()
+
+    def _no_transition(self) -> ValueError:
+        return ValueError(f"no complete transition among the {len(self)} rows of the replay")
+
+    def _gather(self, places: NDArray[np.int64], weights: NDArray[np.float32]) -> Transitions:
+        lanes = places // self.spec.lane_rows
+        lane_begins = lanes * self.spec.lane_rows
+        newest = self.written.take(lanes) - 1
+        rows = newest - (newest - (places - lane_begins)) % self.spec.lane_rows
+        ahead, age = self._flat["ahead"].take(places), self._flat["age"].take(places)
+        both = np.concatenate([rows, rows + ahead]), np.concatenate([age, age + ahead])
+        positions = stack_positions(*both, self.spec.stack).reshape(2, len(places), self.spec.stack)
+        positions = positions % self.spec.lane_rows + lane_begins[:, None]
+        obs = self._flat["obs"]
         return Transitions(
-            obs=self._stacked(lanes, starts),
-            action=self._at("action", lanes, starts).astype(np.int64),
-            returns=(rewards * weights).sum(1).astype(np.float32),
-            next_obs=self._stacked(lanes, bootstrap_rows),
-            discount=np.where(ended, 0.0, self.spec.gamma**length).astype(np.float32),
+            obs=obs.take(positions[0], axis=0),
+            action=self._flat["action"].take(places).astype(np.int64),
+            returns=self._flat["returns"].take(places),
+            next_obs=obs.take(positions[1], axis=0),
+            discount=self._discounts.take(ahead),
+            ids=rows * self.spec.num_lanes + lanes,
+            weights=weights,
         )
 
-    def _returns_end(
-        self, lanes: NDArray[np.int64], starts: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """(B,) rewards in each return, and whether it ends without a bootstrap. Rows not yet written end nothing."""
-        window = starts[:, None] + np.arange(self.spec.n_step)
-        is_written = window < self.written[lanes][:, None]
-        terminated = self._at("terminated", lanes[:, None], window) & is_written
-        stops = terminated | (self._at("truncated", lanes[:, None], window) & is_written)
-        stops[:, -1] = True
-        last = stops.argmax(1)
-        return last + 1, terminated[np.arange(len(last)), last]
+    def _places(self, lanes: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        places: NDArray[np.int64] = lanes * self.spec.lane_rows + rows % self.spec.lane_rows
+        return places
 
-    def _stacked(self, lanes: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[Any]:
-        positions = stack_positions(rows, self._at("age", lanes, rows), self.spec.stack)
-        return self._at("obs", lanes[:, None], positions)
-
-    def _at(self, name: str, lanes: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[Any]:
-        values: NDArray[Any] = self.columns[name][lanes, rows % self.spec.lane_rows]
-        return values
+    def _places_of(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self._places(ids % self.spec.num_lanes, ids // self.spec.num_lanes)
 
     def _ages(self, is_first: NDArray[np.bool_], lanes: NDArray[np.int64]) -> NDArray[np.int64]:
-        newest = self._at("age", lanes, self.written[lanes] - 1)
+        newest = self._flat["age"].take(self._places(lanes, self.written[lanes] - 1))
         before = np.where(self.written[lanes] > 0, newest, -1)
         rows = np.arange(len(is_first))[:, None]
         since = np.maximum.accumulate(np.where(is_first, rows, -1 - before), axis=0)
@@ -212,11 +293,66 @@ class ColumnarReplay:
 
     def _cut_open_episodes(self, lanes: NDArray[np.int64]) -> None:
         lanes = lanes[self.written[lanes] > 0]
-        newest = self.written[lanes] - 1
-        is_open = ~self._at("is_last", lanes, newest)
+        newest = self._places(lanes, self.written[lanes] - 1)
+        is_open = ~self._flat["is_last"].take(newest)
         lanes, newest = lanes[is_open], newest[is_open]
-        self.columns["is_last"][lanes, newest % self.spec.lane_rows] = True
-        has_action_before = self._at("age", lanes, newest) > 0
-        lanes, before = lanes[has_action_before], newest[has_action_before] - 1
-        slots = before % self.spec.lane_rows
-        self.columns["truncated"][lanes, slots] = ~self.columns["terminated"][lanes, slots]
+        self.num_cut_episodes += len(lanes)
+        self._flat["is_last"][newest] = True
+        lanes = lanes[self._flat["age"].take(newest) > 0]
+        before = self._places(lanes, self.written[lanes] - 2)
+        self._flat["truncated"][before] = ~self._flat["terminated"].take(before)
+
+    def _find_starts(self, lanes: NDArray[np.int64], num_added: int) -> None:
+        """Works out transitions anew wherever the last add (and its cuts) can have changed them.
+
+        Those are the rows added, the n before them, whose rewards may have been waiting for them, and the oldest
+        K - 1, whose stacks may have been overwritten.
+        """
+        newest, oldest = self.written[lanes], np.maximum(self.written[lanes] - self.spec.lane_rows, 0)
+        rows = newest + np.arange(-num_added - self.spec.n_step, 0)[:, None]
+        places = self._places(lanes, rows)
+        returns, ahead, is_complete = self._n_step_returns(places)
+        is_held = rows >= oldest
+        stack_start = rows - np.minimum(self._flat["age"].take(places), self.spec.stack - 1)
+        is_start = is_complete & (stack_start >= oldest)
+        kept = places[is_held]
+        was_start = self._flat["is_start"].take(kept)
+        self._flat["returns"][kept] = returns[is_held]
+        self._flat["ahead"][kept] = ahead[is_held]
+        self._flat["is_start"][kept] = is_start[is_held]
+        broken = self._broken_stacks(lanes, oldest)
+        self._flat["is_start"][broken] = False
+        if self.tree is not None:
+            before = np.where(was_start, self.tree.weights.take(kept), self.max_priority)
+            priorities = np.where(is_start[is_held], before, 0.0)
+            self.tree.set(np.append(kept, broken), np.append(priorities, np.zeros(len(broken))))
+
+    def _n_step_returns(
+        self, places: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.bool_]]:
+        """Returns, rows ahead to the bootstrap (0: none), and whether all that decides them has arrived.
+
+        Args:
+            places: (R, E) of consecutive rows, the last one the newest of its lane.
+        """
+        reward, terminated = self._flat["reward"].take(places), self._flat["terminated"].take(places)
+        stops = terminated | self._flat["truncated"].take(places)
+        returns, length = np.zeros(places.shape), np.zeros(places.shape, np.int64)
+        goes_on, has_ended = np.ones(places.shape, bool), np.zeros(places.shape, bool)
+        for k in range(min(self.spec.n_step, len(places))):
+            here = slice(0, len(places) - k)
+            returns[here] += goes_on[here] * (self.spec.gamma**k * reward[k:])
+            length[here] += goes_on[here]
+            has_ended[here] |= goes_on[here] & terminated[k:]
+            goes_on[here] &= ~stops[k:]
+        has_bootstrap = np.arange(len(places))[:, None] + length < len(places)
+        is_complete = (has_ended | has_bootstrap) & ~self._flat["is_last"].take(places)
+        return returns, np.where(has_ended, 0, length), is_complete
+
+    def _broken_stacks(self, lanes: NDArray[np.int64], oldest: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(N,) places among the oldest rows whose stack reaches back to rows that are no longer held."""
+        rows = oldest + np.arange(min(self.spec.stack - 1, self.spec.lane_rows))[:, None]
+        places = self._places(lanes, rows)
+        stack_start = rows - np.minimum(self._flat["age"].take(places), self.spec.stack - 1)
+        broken: NDArray[np.int64] = places[stack_start < oldest]
+        return broken
