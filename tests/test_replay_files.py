@@ -110,7 +110,7 @@ def test_only_segments_that_rows_were_written_to_are_written_again(tmp_path):
     add(replay, game, 5)  # rows 20 to 24: segments 5 and 6
     save_replay(replay, tmp_path / "b", tmp_path / "a")
     assert shared_segments(tmp_path / "b", tmp_path / "a") == [0, 1, 2, 3, 4]
-    add(replay, game, 64 - 25 + 6)  # to slot 5 after the wrap: 6 to the end, 0 and 1
+    add(replay, game, 64 - 25 + 5)  # to slot 4 after the wrap: 6 to the end, 0, and one row of 1
     save_replay(replay, tmp_path / "c", tmp_path / "b")
     assert shared_segments(tmp_path / "c", tmp_path / "b") == [2, 3, 4, 5]
     add(replay, game, 64)
