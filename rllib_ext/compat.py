@@ -5,23 +5,18 @@ RLlib is pinned to 2.60; when the pin moves, tests/test_compat.py says which of 
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
-from ray.rllib.core import DEFAULT_MODULE_ID
+import ray
 from ray.rllib.core.learner.learner import Learner
-from torch import Tensor
+from ray.rllib.env.env_runner_group import EnvRunnerGroup
 
 
-def gradient_step(learner: Learner, columns: dict[str, Tensor]) -> tuple[dict[str, Any], Tensor]:
-    """Forward, loss, backward, clipping and optimizer step of a built TorchLearner.
-
-    Uses `TorchLearner._update`, which `Learner.update` calls for each minibatch.
-
-    Returns:
-        The module's training outputs and the loss.
-    """
-    outputs, losses, _ = learner._update({DEFAULT_MODULE_ID: columns})
-    return outputs[DEFAULT_MODULE_ID], losses[DEFAULT_MODULE_ID].detach()
+def learner_rank(learner: Learner) -> int:
+    """Which of the group's learners this is, from 0 (`Learner._learner_index`); also its rank in torch's group."""
+    rank: int = learner._learner_index
+    return rank
 
 
 def count_call(learner: Learner) -> None:
@@ -32,3 +27,24 @@ def count_call(learner: Learner) -> None:
 def set_iteration(algorithm: Any, iteration: int) -> None:
     """Continues RLlib's count of training iterations after a restore (`Trainable._iteration`)."""
     algorithm._iteration = iteration
+
+
+def wait_for_any_request(group: EnvRunnerGroup, timeout_s: float) -> None:
+    """Waits until one of the requests under way at a group's runners is done, at most `timeout_s` seconds.
+
+    `EnvRunnerGroup.fetch_ready_async_reqs` with a timeout waits for all of them.
+    """
+    refs = list(group._worker_manager._in_flight_req_to_actor_id)
+    if refs:
+        ray.wait(refs, num_returns=1, timeout=timeout_s)
+    else:
+        time.sleep(min(timeout_s, 0.05))
+
+
+def ready_requests(group: EnvRunnerGroup, tag: str) -> list[tuple[int, Any]]:
+    """(runner, result or the error it ended with) of the requests that are done.
+
+    `EnvRunnerGroup.fetch_ready_async_reqs` drops errors where lost runners are replaced, an environment's own too.
+    """
+    results = group._worker_manager.fetch_ready_async_reqs(tags=tag, timeout_seconds=0.0)
+    return [(result.actor_id, result.get()) for result in results]

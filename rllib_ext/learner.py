@@ -1,159 +1,207 @@
-"""The temporal-difference learner: double Q-learning on n-step returns that the replay has already summed.
+"""The temporal-difference learner: n-step returns that the replay has summed, in minibatches that learners share.
 
-References:
-    van Hasselt, Guez & Silver (2016), Deep Reinforcement Learning with Double Q-learning, eq. 4. arXiv:1509.06461.
+RLlib builds module, optimizers and, for several learners, DistributedDataParallel around the module. The update itself
+is plain torch: RLlib's own costs as much again for its metrics and checks as small networks take to learn.
 
-Shapes: U updates of one call, B batch, A actions.
+Shapes: U updates of one call, B batch, b its share of one learner, A actions.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
-from typing import Any
+import warnings
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
-from ray.rllib.core.learner.training_data import TrainingData
-from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from rllib_ext import compat
-from rllib_ext.module import QF_NEXT_PREDS, QF_PREDS, QF_TARGET_NEXT_PREDS, LatentQModule
+from pipeline.errors import UserError
+from rllib_ext import compat, losses
+from rllib_ext.losses import TDLoss
+from rllib_ext.module import QF_NEXT_CHOOSER, QF_OUTPUTS, QF_TARGET_NEXT_OUTPUTS, LatentQModule
 from rllib_ext.networks import blend
 from rllib_ext.replay import Transitions
 from rllib_ext.settings import DQNSettings
 
-RETURNS = "n_step_returns"
-DISCOUNT = "bootstrap_discount"
 HEAD = "head"
 ENCODER = "encoder"
-LEARNER_FIGURES = ("td_loss", "q_mean", "update_s")
-UPDATES_KEY = "updates"  # of the `timesteps` that the algorithm passes: updates made before the call
+_NATIVE_BF16 = ("avx512_bf16", "amx_bf16", "bf16")  # x86, x86, ARM
+_DDP = {"broadcast_buffers": False, "gradient_as_bucket_view": True}  # buffers never change; one copy less
 
 
-def to_training_data(transitions: Transitions) -> TrainingData:
-    """Wraps drawn arrays for `LearnerGroup.update`, on the path that skips episodes and learner connectors."""
-    columns = {
-        Columns.OBS: transitions.obs,
-        Columns.ACTIONS: transitions.action,
-        Columns.NEXT_OBS: transitions.next_obs,
-        RETURNS: transitions.returns,
-        DISCOUNT: transitions.discount,
-    }
-    batch = SampleBatch({name: torch.from_numpy(column) for name, column in columns.items()})
-    return TrainingData(batch=MultiAgentBatch({DEFAULT_MODULE_ID: batch}, env_steps=len(transitions.action)))
+class LearnerReport(NamedTuple):
+    """What a learner tells of one call; plain numpy.
+
+    `ids` (N,) int64 of its own rows, in their order; `td_errors` (N,) float32, absolute, or of distributions the KL
+    divergence; `figures` means over its own rows: `td_loss`, `q_mean`, `td_error_mean`, `grad_norm` (before clipping;
+    only where gradients are clipped) and `update_s`, seconds of one update.
+    """
+
+    ids: NDArray[np.int64]
+    td_errors: NDArray[np.float32]
+    figures: dict[str, float]
 
 
-def double_q_targets(returns_B: Tensor, discount_B: Tensor, next_BA: Tensor, target_next_BA: Tensor) -> Tensor:
-    """What the values of the taken actions should be: the online network chooses, the target network values.
+def resolve_precision(setting: str) -> torch.dtype | None:
+    """What forward passes of the update are cast to on this processor; None leaves them in float32.
 
     Args:
-        returns_B: (B,) float32, discounted reward sums up to the bootstrap.
-        discount_B: (B,) float32, gamma^m, or 0 after a termination.
-        next_BA: (B, A) online values at the bootstrap.
-        target_next_BA: (B, A) target network's values there.
+        setting: "float32", "bf16", or "auto": bf16 where the processor computes in it.
 
-    Returns:
-        (B,) float32.
+    Raises:
+        UserError: "bf16", and this processor would only emulate it.
     """
-    chosen_B1 = next_BA.argmax(1, keepdim=True)
-    return returns_B + discount_B * target_next_BA.gather(1, chosen_B1).squeeze(1)
+    capabilities = torch.cpu.get_capabilities()
+    is_native = any(capabilities.get(name, False) for name in _NATIVE_BF16)
+    if setting == "bf16" and not is_native:
+        raise UserError(
+            f"train.precision is bf16, and this processor ({capabilities.get('cpu_name', 'unknown')}) does not compute "
+            f"in it; choose auto or float32"
+        )
+    return torch.bfloat16 if is_native and setting != "float32" else None
 
 
 class LatentDQNLearner(TorchLearner):
-    """Several minibatch updates per call, so that RLlib's fixed cost of a call is paid once for all of them."""
+    """Several minibatch updates per call; alone, or one of several that share every minibatch."""
 
     def build(self) -> None:
-        """Builds module and optimizers, then the target networks."""
+        """Builds module and optimizers, then the target network.
+
+        Raises:
+            UserError: The precision is not one of this processor's.
+        """
+        self.settings: DQNSettings = self.config.settings
+        torch.set_num_threads(self.settings.learner_threads)
+        self._autocast_dtype = resolve_precision(self.settings.precision)
+        self.config.torch_ddp_kwargs = _DDP
         super().build()
-        for module in self.module.values():
-            module.unwrapped().make_target_networks()
+        self.q_module: LatentQModule = self.module[DEFAULT_MODULE_ID].unwrapped()
+        self.q_module.make_target_networks()
 
     def configure_optimizers_for_module(self, module_id: str, config: Any = None) -> None:
         """One named Adam per learning rate: "head", and "encoder" where the module holds one."""
-        settings: DQNSettings = self.config.settings
         network = self.module[module_id].unwrapped().network
-        self._register_adam(module_id, HEAD, network.head, settings.lr)
+        self._register_adam(module_id, HEAD, network.head, self.settings.lr)
         if network.encoder is not None:
-            self._register_adam(module_id, ENCODER, network.encoder, settings.encoder_lr)
+            self._register_adam(module_id, ENCODER, network.encoder, self.settings.encoder_lr)
 
     def _register_adam(self, module_id: str, name: str, part: nn.Module, lr: float) -> None:
         params = [param for param in part.parameters() if param.requires_grad]
-        optimizer = torch.optim.Adam(params, lr=lr, eps=self.config.settings.adam_epsilon, fused=True)
+        optimizer = torch.optim.Adam(params, lr=lr, eps=self.settings.adam_epsilon, fused=True)
         self.register_optimizer(
             module_id=module_id, optimizer_name=name, optimizer=optimizer, params=params, lr_or_lr_schedule=lr
         )
 
-    def compute_loss_for_module(
-        self, *, module_id: str, config: Any, batch: dict[str, Any], fwd_out: dict[str, Any]
-    ) -> Tensor:
-        """Huber loss (delta 1) between the taken actions' values and their double-Q targets, averaged over B."""
-        predicted_B = fwd_out[QF_PREDS].gather(1, batch[Columns.ACTIONS][:, None]).squeeze(1)
-        target_B = double_q_targets(
-            batch[RETURNS], batch[DISCOUNT], fwd_out[QF_NEXT_PREDS], fwd_out[QF_TARGET_NEXT_PREDS]
-        )
-        return functional.smooth_l1_loss(predicted_B, target_B)
+    def compute_loss_for_module(self, **kwargs: Any) -> Tensor:
+        """RLlib's own update does not serve this learner.
 
-    def postprocess_gradients_for_module(
-        self, *, module_id: str, config: Any = None, module_gradients_dict: dict[Any, Any]
-    ) -> dict[Any, Any]:
-        """Clips the norm of the gradients of each optimizer in place, in one pass over all of its parameters."""
-        bound = self.config.settings.grad_clip
-        if bound:
-            for _, optimizer in self.get_optimizers_for_module(module_id):
-                nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], bound, foreach=True)
-        return module_gradients_dict
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError("LatentDQNLearner learns through update_drawn(drawn, updates_before=...)")
 
-    def update(
-        self,
-        *,
-        training_data: TrainingData,
-        minibatch_size: int,
-        timesteps: dict[str, Any] | None = None,
-    ) -> Any:
-        """Makes U = rows / minibatch_size updates, in the order of the rows.
+    def update_drawn(self, drawn: Transitions, *, updates_before: int) -> LearnerReport:
+        """Makes U = rows / batch_size updates, in the order of the rows, with this learner's share of each minibatch.
 
         Args:
-            training_data: Made by `to_training_data`.
-            minibatch_size: B.
-            timesteps: {"updates": updates made before this call}, which times the copies to the target network.
+            drawn: U * B rows, the same for all learners of a group.
+            updates_before: Updates made before this call, which times the copies to the target network.
 
         Returns:
-            RLlib's metrics: mean TD loss and value, seconds in the gradient steps and around them.
+            What priorities and figures are made of.
         """
         started = time.perf_counter()
-        updates_before = (timesteps or {}).get(UPDATES_KEY, 0)
-        rows = training_data.batch.policy_batches[DEFAULT_MODULE_ID]
-        losses, values = [], []
-        num_updates = len(rows[Columns.ACTIONS]) // minibatch_size
-        for u in range(num_updates):
-            at = slice(u * minibatch_size, (u + 1) * minibatch_size)
-            outputs, loss = compat.gradient_step(self, {name: column[at] for name, column in rows.items()})
-            self._move_targets(updates_before + u + 1)
-            losses.append(loss)
-            values.append(outputs[QF_PREDS].detach().mean())
+        own = self._own_share(drawn)
+        columns = _tensors(own)
+        steps = []
+        for u in range(len(own.action)):
+            steps.append(self._update_once({name: column[u] for name, column in columns.items()}))
+            self._move_target(updates_before + u + 1)
         compat.count_call(self)
-        self._log(losses, values, num_updates, time.perf_counter() - started)
-        return self.metrics.reduce()
+        td_losses, errors, outputs, grad_norms = zip(*steps, strict=True)
+        td_errors, values = torch.cat(errors), self.q_module.network.head.values(torch.cat(outputs))
+        figures = {"td_loss": float(torch.stack(td_losses).mean()), "q_mean": float(values.mean())}
+        figures["td_error_mean"] = float(td_errors.mean())
+        if self.settings.grad_clip:
+            figures["grad_norm"] = float(np.mean(grad_norms))
+        figures["update_s"] = (time.perf_counter() - started) / len(steps)
+        return LearnerReport(own.ids.reshape(-1), td_errors.numpy(), figures)
 
-    def _move_targets(self, updates: int) -> None:
-        settings: DQNSettings = self.config.settings
-        is_due = settings.target_tau > 0 or updates % settings.target_update_updates == 0
-        if not is_due:
-            return
-        for module in self.module.values():
-            for online, target in module.unwrapped().get_target_network_pairs():
-                blend(target, online, settings.target_tau or 1.0)
+    def _own_share(self, drawn: Transitions) -> Transitions:
+        """Rows (U, b, ...) of this learner: a contiguous part of every minibatch."""
+        size, num_learners = self.settings.batch_size, max(1, self.config.num_learners)
+        share = size // num_learners
+        assert size % num_learners == 0, f"batch_size {size} does not divide among {num_learners} learners"
+        first = compat.learner_rank(self) * share
+        by_update: list[Any] = [column.reshape(-1, size, *column.shape[1:]) for column in drawn]
+        return Transitions(*(column[:, first : first + share] for column in by_update))
 
-    def _log(self, losses: list[Tensor], values: list[Tensor], num_updates: int, seconds: float) -> None:
-        figures = (float(torch.stack(losses).mean()), float(torch.stack(values).mean()), seconds / num_updates)
-        for name, value in zip(LEARNER_FIGURES, figures, strict=True):
-            self.metrics.log_value((DEFAULT_MODULE_ID, name), value, window=1)
+    def _update_once(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, float]:
+        """One update; its loss (), TD errors (b,), the network's outputs (b, A) or (b, A, N), and gradient norm."""
+        outputs = self._forward(batch)
+        td = self._td_loss(batch, outputs)
+        optimizers = self.get_optimizers_for_module(DEFAULT_MODULE_ID)
+        for _, optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        td.loss.backward()  # type: ignore[no-untyped-call]
+        norms = [self._step(optimizer) for _, optimizer in optimizers]
+        return td.loss.detach(), td.errors, outputs[QF_OUTPUTS].detach(), sum(norm**2 for norm in norms) ** 0.5
+
+    def _forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The module's training outputs; DistributedDataParallel has to see this pass."""
+        seen = {Columns.OBS: _as_input(batch["obs"]), Columns.NEXT_OBS: _as_input(batch["next_obs"])}
+        dtype = self._autocast_dtype
+        with contextlib.nullcontext() if dtype is None else torch.autocast("cpu", dtype):
+            outputs: dict[str, Tensor] = self.module[DEFAULT_MODULE_ID].forward_train(seen)
+        return outputs
+
+    def _td_loss(self, batch: dict[str, Tensor], outputs: dict[str, Tensor]) -> TDLoss:
+        head = self.q_module.network.head
+        bootstrap = (batch["returns"], batch["discount"], outputs[QF_NEXT_CHOOSER], outputs[QF_TARGET_NEXT_OUTPUTS])
+        if head.is_distributional:
+            target_BN = losses.distribution_targets(*bootstrap, head.atoms)
+            return losses.cross_entropy_loss(outputs[QF_OUTPUTS], batch["action"], target_BN, batch["weights"])
+        return losses.huber_loss(outputs[QF_OUTPUTS], batch["action"], losses.q_targets(*bootstrap), batch["weights"])
+
+    def _step(self, optimizer: torch.optim.Optimizer) -> float:
+        """Steps one optimizer; returns its gradients' norm before clipping, 0 where gradients are not clipped.
+
+        Gradients within the bound are left alone, which saves a pass over all of them.
+        """
+        norm, bound = 0.0, self.settings.grad_clip
+        if bound:
+            params = optimizer.param_groups[0]["params"]
+            total = nn.utils.get_total_norm([param.grad for param in params if param.grad is not None], foreach=True)
+            norm = float(total)
+            if norm > bound:
+                nn.utils.clip_grads_with_norm_(params, bound, total, foreach=True)
+        optimizer.step()
+        return norm
+
+    def _move_target(self, updates: int) -> None:
+        settings = self.settings
+        if settings.target_tau > 0 or updates % settings.target_update_updates == 0:
+            blend(self.q_module.target, self.q_module.network, settings.target_tau or 1.0)
 
     def weights_sha256(self) -> str | None:
         """Hash of the encoder's parameters inside the module; None where it holds no encoder."""
-        module: LatentQModule = self.module[DEFAULT_MODULE_ID].unwrapped()
-        return None if module.network.encoder is None else module.network.encoder.weights_sha256()
+        encoder = self.q_module.network.encoder
+        return None if encoder is None else encoder.weights_sha256()
+
+
+def _tensors(own: Transitions) -> dict[str, Tensor]:
+    """The columns as tensors on the same memory; those that came through the object store must only be read."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return {name: torch.from_numpy(column) for name, column in own._asdict().items() if name != "ids"}
+
+
+def _as_input(obs: Tensor) -> Tensor:
+    """Latents in float32, converted once for all networks that read them; frames as they are."""
+    return obs.float() if obs.is_floating_point() else obs

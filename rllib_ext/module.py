@@ -1,10 +1,13 @@
 """The Q module of RLlib's new API stack, in three modes.
 
-    frozen    reads stacked latents; the encoder is not in the module at all
+    frozen    reads stacked latents; the encoder is not in the module at all, so that online and target network
+              read the same latents: they share it by construction
     finetune  reads stacked frames; the pretrained encoder is inside and trained with its own rate
     pixels    reads stacked frames; the same encoder architecture from scratch: the baseline
 
-Shapes: B batch, K stacked observations, Z latent units, A actions.
+Where the encoder is inside, the target network has a copy of its own, which lags behind as its head does.
+
+Shapes: B batch, K stacked observations, Z latent units, A actions, N atoms.
 """
 
 from __future__ import annotations
@@ -26,9 +29,10 @@ from rllib_ext.networks import QHead, QNetwork
 from rllib_ext.settings import DQNSettings, QConfig
 from rllib_ext.shared_bundle import SharedBundle
 
-QF_PREDS = "qf_preds"
-QF_NEXT_PREDS = "qf_next_preds"
-QF_TARGET_NEXT_PREDS = "qf_target_next_preds"
+QF_PREDS = "qf_preds"  # values (B, A); RLlib's name
+QF_OUTPUTS = "qf_outputs"  # values (B, A), or logits (B, A, N) of distributions
+QF_NEXT_CHOOSER = "qf_next_chooser"  # values (B, A) by which the next action is chosen
+QF_TARGET_NEXT_OUTPUTS = "qf_target_next_outputs"  # as QF_OUTPUTS
 SPEC_KEY = "latent"
 
 
@@ -41,7 +45,7 @@ class QModuleSpec:
         preprocess: The environment's frames.
         z_dim: Length of a latent.
         q: The head.
-        settings: The run's settings (stack, exploration schedule).
+        settings: The run's settings (stack, double).
         encoder_config: The encoder's architecture.
         bundle: The pretrained encoder; None in pixels mode.
     """
@@ -105,11 +109,18 @@ class LatentQModule(TorchRLModule, QNetAPI, TargetNetworkAPI, InferenceOnlyAPI):
         return values
 
     def _forward_train(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Values of `obs` with gradient, and both networks' values of `new_obs` without."""
-        outputs = self.compute_q_values(batch)
+        """The network's outputs for `obs` with gradient, and what targets are made of, of `new_obs`, without.
+
+        The pass with gradient comes first: autocast keeps the weights that it has cast, and those that a pass without
+        gradient cast first would have none.
+        """
+        outputs = {QF_OUTPUTS: self.network.outputs(batch[Columns.OBS])}
+        next_obs = batch[Columns.NEXT_OBS]
         with torch.no_grad():
-            outputs[QF_NEXT_PREDS] = self.network(batch[Columns.NEXT_OBS])
-        outputs[QF_TARGET_NEXT_PREDS] = self.forward_target(batch)
+            target = self.target.outputs(next_obs)
+            is_double = self.spec.settings.double
+            outputs[QF_NEXT_CHOOSER] = self.network(next_obs) if is_double else self.target.head.values(target)
+        outputs[QF_TARGET_NEXT_OUTPUTS] = target
         return outputs
 
     @torch.inference_mode()
@@ -121,19 +132,24 @@ class LatentQModule(TorchRLModule, QNetAPI, TargetNetworkAPI, InferenceOnlyAPI):
 
     @torch.inference_mode()
     def _forward_exploration(
-        self, batch: dict[str, Any], t: int = 0, generator: torch.Generator | None = None, **kwargs: Any
+        self,
+        batch: dict[str, Any],
+        *,
+        epsilon: float | Tensor,
+        generator: torch.Generator | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """Epsilon-greedy `actions` (B,) int64.
 
         Args:
             batch: `obs` (B, K, ...).
-            t: Agent steps taken so far by all runners; sets epsilon.
+            epsilon: Chance of a random action; a number, or one per row, (B,) float32.
             generator: Source of the random choices; torch's global one if None.
             kwargs: For RLlib.
         """
         outputs = self._forward_inference(batch)
         greedy = outputs[Columns.ACTIONS]
-        is_random = torch.rand(len(greedy), generator=generator) < self.spec.settings.epsilon(t)
+        is_random = torch.rand(len(greedy), generator=generator) < epsilon
         random = torch.randint(self.num_actions, greedy.shape, generator=generator)
         outputs[Columns.ACTIONS] = torch.where(is_random, random, greedy)
         return outputs

@@ -76,11 +76,14 @@ class PolicyConfig:
             UserError: Unknown or missing keys.
         """
         record = json.loads(text)
-        names = {field.name for field in dataclasses.fields(cls)}
-        if set(record) != names:
+        wrong = set(record) ^ {field.name for field in dataclasses.fields(cls)}
+        wrong |= {
+            f"q.{name}" for name in set(record.get("q", ())) - {field.name for field in dataclasses.fields(QConfig)}
+        }
+        if wrong:
             raise UserError(
-                f"the policy's config.json has unknown or missing keys {sorted(set(record) ^ names)}; it was written "
-                f"by another version of latentrl"
+                f"the policy's config.json has unknown or missing keys {sorted(wrong)}; it was written by another "
+                f"version of latentrl"
             )
         record["q"] = QConfig(**{**record["q"], "hidden": tuple(record["q"]["hidden"])})
         record["action_names"] = tuple(record["action_names"])

@@ -9,7 +9,9 @@ from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.core.learner.learner import Learner
 from ray.rllib.core.learner.learner_group import LearnerGroup
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
+from ray.rllib.core.rl_module.torch.torch_rl_module import TorchDDPRLModule
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
+from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 from ray.tune.trainable import Trainable
 
 from rllib_ext.config import LatentDQNConfig
@@ -20,11 +22,12 @@ def test_rllib_is_the_version_that_was_read():
     assert metadata.version("ray").startswith("2.60.")
 
 
-def test_update_takes_columns_by_module_and_gives_outputs_losses_and_metrics():
-    assert list(inspect.signature(TorchLearner._update).parameters) == ["self", "batch"]
-    source = inspect.getsource(TorchLearner._uncompiled_update)
-    assert "return fwd_out, loss_per_module, {}" in source
-    assert "self._update(" in inspect.getsource(Learner.update)
+def test_a_learner_of_a_group_knows_its_rank_before_it_is_built():
+    assert "self._learner_index = 0" in inspect.getsource(Learner.__init__)
+    source = inspect.getsource(LearnerGroup.__init__)
+    assert source.index("learner_index=idx") < source.index("w.build.remote()")
+    assert "enumerate(self._workers)" in source
+    assert "self._learner_index = learner_index" in inspect.getsource(Learner._set_learner_index_and_placement_group)
 
 
 def test_the_learner_counts_its_weights_by_weights_seq_no():
@@ -42,10 +45,26 @@ def test_the_iteration_is_a_plain_attribute_of_a_trainable():
     assert isinstance(Trainable.iteration, property)
 
 
-def test_the_local_learner_gets_our_keywords_and_a_list_comes_back():
-    source = inspect.getsource(LearnerGroup.update)
-    assert "self._learner.update(" in source
-    assert "**kwargs" in source
+def test_a_group_calls_functions_on_its_local_learner_and_on_remote_ones_with_our_keywords():
+    source = inspect.getsource(LearnerGroup.foreach_learner)
+    assert "func(self._learner, **kwargs)" in source
+    assert "func=partial(func, **kwargs)" in source
+
+
+def test_several_learners_are_wrapped_with_the_configured_keywords_when_built():
+    source = inspect.getsource(TorchLearner._make_modules_ddp_if_necessary)
+    assert "if self.config.num_learners > 1:" in source
+    assert "**self.config.torch_ddp_kwargs" in source
+    assert "self._make_modules_ddp_if_necessary()" in inspect.getsource(TorchLearner.build)
+    assert "return self(*args, **kwargs)" in inspect.getsource(TorchDDPRLModule._forward_train)
+
+
+def test_a_group_keeps_its_requests_under_way_and_gives_back_errors_when_asked_directly():
+    assert "self._worker_manager = FaultTolerantActorManager(" in inspect.getsource(EnvRunnerGroup.__init__)
+    source = inspect.getsource(FaultTolerantActorManager)
+    assert "self._in_flight_req_to_actor_id: Dict[ray.ObjectRef, int] = {}" in source
+    parameters = inspect.signature(FaultTolerantActorManager.fetch_ready_async_reqs).parameters
+    assert {"tags", "timeout_seconds"} <= set(parameters)
 
 
 def test_weights_go_to_runners_through_set_state():

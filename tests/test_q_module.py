@@ -1,17 +1,14 @@
-"""The Q module and its learner: targets against hand computation, what moves in which mode, and that it learns."""
+"""The Q module: what it holds in which mode, what moves, how it explores; and which settings are refused."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from rl_toys import make_encoder, toy_config
-from test_runner import LocalBundle
+from test_learner import make_learner, moved, random_batch, update, weights
 
 from pipeline.errors import UserError
-from rllib_ext.learner import UPDATES_KEY, double_q_targets, to_training_data
 from rllib_ext.networks import QHead, blend
-from rllib_ext.replay import Transitions
 from rllib_ext.settings import DQNSettings, QConfig
 
 
@@ -20,73 +17,8 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
-def make_learner(tmp_path, mode: str, **training):
-    import gymnasium as gym
-    from ray.rllib.core import DEFAULT_MODULE_ID
-
-    config = toy_config(mode, make_encoder(tmp_path / "encoder"), **training)
-    config.validate()
-    if config.encoder_path is not None:
-        config.bundle = LocalBundle(config.encoder_path, config.encoder_sha256)
-    shape = (2, 16) if mode == "frozen" else (2, 12, 12)
-    spaces = {DEFAULT_MODULE_ID: (gym.spaces.Box(-1, 1, shape), gym.spaces.Discrete(3))}
-    return config.build_learner(spaces=spaces)
-
-
-def random_batch(mode: str, size: int, seed: int = 0) -> Transitions:
-    rng = np.random.default_rng(seed)
-    if mode == "frozen":
-        obs = rng.normal(size=(2, size, 2, 16)).astype(np.float16)
-    else:
-        obs = rng.integers(0, 255, (2, size, 2, 12, 12), dtype=np.uint8)
-    return Transitions(
-        obs=obs[0],
-        action=rng.integers(0, 3, size),
-        returns=rng.normal(size=size).astype(np.float32),
-        next_obs=obs[1],
-        discount=rng.choice([0.0, 0.98], size).astype(np.float32),
-    )
-
-
-def update(learner, batch: Transitions, updates_before: int = 0, minibatch_size: int = 16):
-    return learner.update(
-        training_data=to_training_data(batch),
-        minibatch_size=minibatch_size,
-        timesteps={UPDATES_KEY: updates_before},
-    )
-
-
-def weights(learner) -> dict[str, torch.Tensor]:
-    module = learner.module["default_policy"]
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
-    return {name for name in before if not torch.equal(before[name], after[name])}
-
-
-def test_double_q_targets_by_hand():
-    online = torch.tensor([[1.0, 3.0], [5.0, 2.0]])
-    target = torch.tensor([[10.0, 20.0], [30.0, 40.0]])
-    got = double_q_targets(torch.tensor([0.5, -1.0]), torch.tensor([0.9, 0.0]), online, target)
-    torch.testing.assert_close(got, torch.tensor([0.5 + 0.9 * 20.0, -1.0]))
-
-
-def test_the_loss_is_huber_on_double_q_targets(tmp_path):
-    learner = make_learner(tmp_path, "frozen")
-    module = learner.module["default_policy"]
-    for value in module.target.parameters():
-        value.data.normal_()
-    batch = random_batch("frozen", 16)
-    with torch.no_grad():
-        q = module.network(torch.from_numpy(batch.obs)).numpy()
-        chosen = module.network(torch.from_numpy(batch.next_obs)).argmax(1).numpy()
-        valued = module.target(torch.from_numpy(batch.next_obs)).numpy()
-    rows = np.arange(16)
-    error = q[rows, batch.action] - (batch.returns + batch.discount * valued[rows, chosen])
-    huber = np.where(np.abs(error) < 1, 0.5 * error**2, np.abs(error) - 0.5)
-    result = update(learner, batch)
-    assert result["default_policy"]["td_loss"].peek() == pytest.approx(huber.mean(), rel=1e-4)
+def the_module(learner):
+    return learner.module["default_policy"]
 
 
 def test_which_weights_move_in_which_mode(tmp_path):
@@ -118,47 +50,64 @@ def test_the_td_gradient_reaches_every_layer_of_the_encoder_that_the_mean_depend
     assert all(reached[name] for name in needed)
 
 
-def test_the_encoder_has_its_own_optimizer_and_rate(tmp_path):
-    learner = make_learner(tmp_path, "finetune", lr=1e-2, encoder_lr=1e-4)
-    rates = {
-        name: optimizer.param_groups[0]["lr"] for name, optimizer in learner.get_optimizers_for_module("default_policy")
-    }
-    assert rates == {"head": pytest.approx(1e-2), "encoder": pytest.approx(1e-4)}
+def test_the_target_shares_the_frozen_encoder_and_has_a_copy_of_a_trained_one(tmp_path):
+    frozen = the_module(make_learner(tmp_path / "frozen", "frozen"))
+    assert frozen.network.encoder is None
+    assert frozen.target.encoder is None, "both read the latents that the one frozen encoder made"
+    trained = the_module(make_learner(tmp_path / "finetune", "finetune"))
+    pairs = zip(trained.network.encoder.parameters(), trained.target.encoder.parameters(), strict=True)
+    for online, target in pairs:
+        assert torch.equal(online, target)
+        assert online.data_ptr() != target.data_ptr()
+        assert not target.requires_grad
 
 
-def test_gradients_are_clipped_for_each_optimizer(tmp_path):
-    learner = make_learner(tmp_path, "finetune", grad_clip=1e-3)
-    update(learner, random_batch("finetune", 16))
-    for _, optimizer in learner.get_optimizers_for_module("default_policy"):
-        grads = [p.grad for p in optimizer.param_groups[0]["params"] if p.grad is not None]
-        assert torch.stack([g.norm() for g in grads]).norm() == pytest.approx(1e-3, rel=1e-3)
-
-
-def test_next_values_need_no_gradient(tmp_path):
-    learner = make_learner(tmp_path, "finetune")
-    module = learner.module["default_policy"]
+@pytest.mark.parametrize("is_double", [True, False])
+@pytest.mark.parametrize("num_atoms", [1, 7])
+def test_only_the_values_that_are_learned_have_a_gradient_and_double_decides_who_chooses(
+    tmp_path, is_double, num_atoms
+):
+    q = QConfig(hidden=(32,), dueling=True, num_atoms=num_atoms)
+    module = the_module(make_learner(tmp_path, "finetune", q=q, double=is_double))
+    for value in module.target.head.parameters():
+        value.data.normal_()
     batch = random_batch("finetune", 4)
-    outputs = module.forward_train({"obs": torch.from_numpy(batch.obs), "new_obs": torch.from_numpy(batch.next_obs)})
+    seen = {"obs": torch.from_numpy(batch.obs), "new_obs": torch.from_numpy(batch.next_obs)}
+    outputs = module.forward_train(seen)
     assert {name: value.requires_grad for name, value in outputs.items()} == {
-        "qf_preds": True,
-        "qf_next_preds": False,
-        "qf_target_next_preds": False,
+        "qf_outputs": True,
+        "qf_next_chooser": False,
+        "qf_target_next_outputs": False,
     }
+    chooser = module.network if is_double else module.target
+    torch.testing.assert_close(outputs["qf_next_chooser"], chooser(seen["new_obs"]).detach())
+    torch.testing.assert_close(module.forward_target(seen), module.target(seen["new_obs"]))
 
 
-def test_the_target_is_copied_every_so_many_updates_across_calls(tmp_path):
-    learner = make_learner(tmp_path, "frozen", target_update_updates=5)
+@pytest.mark.parametrize("q", [QConfig((32,), dueling=True), QConfig((32,), dueling=True, num_atoms=7)])
+def test_acting_needs_no_target_and_is_greedy_on_expected_values(tmp_path, q):
+    module = the_module(make_learner(tmp_path, "frozen", q=q))
+    state = module.get_state(inference_only=True)
+    assert {name.split(".")[0] for name in state} == {"network"}
+    obs = torch.randn(64, 2, 16)
+    greedy = module.forward_inference({"obs": obs})["actions"]
+    assert torch.equal(greedy, module.network(obs).argmax(1))
+    assert greedy.unique().numel() > 1
 
-    def is_copy() -> bool:
-        module = learner.module["default_policy"]
-        return not moved(module.network.state_dict(), module.target.state_dict())
 
-    update(learner, random_batch("frozen", 3 * 16), updates_before=0)
-    assert not is_copy()
-    update(learner, random_batch("frozen", 2 * 16), updates_before=3)
-    assert is_copy()
-    update(learner, random_batch("frozen", 16), updates_before=5)
-    assert not is_copy()
+def test_exploration_is_epsilon_greedy_with_one_rate_or_one_for_each_row(tmp_path):
+    module = the_module(make_learner(tmp_path, "frozen"))
+    obs = {"obs": torch.randn(6000, 2, 16)}
+    greedy = module.forward_inference(obs)["actions"]
+
+    def differing(epsilon) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return (module.forward_exploration(obs, epsilon=epsilon, generator=generator)["actions"] != greedy).float()
+
+    assert float(differing(0.5).mean()) == pytest.approx(0.5 * 2 / 3, abs=0.03)
+    each = differing(torch.tensor([0.0, 1.0]).repeat(3000))
+    assert float(each[::2].sum()) == 0
+    assert float(each[1::2].mean()) == pytest.approx(2 / 3, abs=0.03)
 
 
 def test_polyak_averaging_moves_the_target_a_share_of_the_way():
@@ -167,24 +116,6 @@ def test_polyak_averaging_moves_the_target_a_share_of_the_way():
     blend(target, online, 0.25)
     for got, wanted in zip(target.parameters(), expected, strict=True):
         torch.testing.assert_close(got, wanted)
-
-
-def test_several_updates_in_one_call_equal_single_calls(tmp_path):
-    batch = random_batch("frozen", 48)
-    together, single = make_learner(tmp_path / "a", "frozen"), make_learner(tmp_path / "b", "frozen")
-    single.module["default_policy"].load_state_dict(together.module["default_policy"].state_dict())
-    update(together, batch)
-    for u in range(3):
-        update(single, Transitions(*(column[u * 16 : u * 16 + 16] for column in batch)), updates_before=u)
-    assert not moved(weights(together), weights(single))
-
-
-def test_exploration_is_epsilon_greedy(tmp_path):
-    module = make_learner(tmp_path, "frozen", epsilon_start=0.5, epsilon_end=0.5).module["default_policy"]
-    obs = {"obs": torch.randn(6000, 2, 16)}
-    greedy = module.forward_inference(obs)["actions"]
-    explored = module.forward_exploration(obs, t=0, generator=torch.Generator().manual_seed(0))["actions"]
-    assert (greedy != explored).float().mean() == pytest.approx(0.5 * 2 / 3, abs=0.03)
 
 
 def test_layer_norm_and_widths_are_what_was_asked_for():
@@ -223,8 +154,8 @@ def test_unknown_and_unsupported_settings_are_errors(tmp_path):
         config.training(n_steps=3)
     with pytest.raises(UserError, match="unknown choice 'encoders'"):
         config.latent(encoders=3)
-    with pytest.raises(UserError, match="does not support the setting num_learners=2"):
-        config.copy().learners(num_learners=2).validate()
+    with pytest.raises(UserError, match="does not support the setting num_gpus_per_learner=1"):
+        config.copy().learners(num_gpus_per_learner=1).validate()
     with pytest.raises(UserError, match="does not support the setting evaluation_interval=1"):
         config.copy().evaluation(evaluation_interval=1).validate()
     with pytest.raises(UserError, match="does not support the setting num_envs_per_env_runner=3"):
