@@ -171,7 +171,7 @@ def save_policy(
     """
     with bundle.writing(Path(path)) as draft:
         (draft / CONFIG_FILE).write_text(config.to_json())
-        save_file({name: torch.tensor(value) for name, value in weights.items()}, draft / WEIGHTS_FILE)
+        save_file({name: torch.tensor(value).contiguous() for name, value in weights.items()}, draft / WEIGHTS_FILE)
         (draft / PREPROCESS_FILE).write_text(preprocess.to_json() + "\n")
         if encoder_bundle is not None:
             shutil.copytree(encoder_bundle, draft / ENCODER_FOLDER)

@@ -13,11 +13,13 @@ from rl_toys import make_encoder, toy_config
 from test_runner import LocalBundle
 
 from pipeline.errors import UserError
+from pipeline.models.vae import VAESettings
 from rllib_ext.learner import LearnerReport, resolve_precision
 from rllib_ext.losses import project_distribution
 from rllib_ext.replay import Transitions
 from rllib_ext.settings import QConfig
 
+CONVOLUTIONS = VAESettings(z_dim=16, patch=3, widths=(8, 8), num_blocks=1)
 C51 = QConfig(hidden=(32,), dueling=True, num_atoms=11, v_min=-3, v_max=3)
 
 
@@ -28,6 +30,8 @@ def _one_thread():
 
 def make_config(tmp_path, mode: str, q: QConfig | None = None, num_learners: int = 0, **training):
     config = toy_config(mode, make_encoder(tmp_path / "encoder"), **training)
+    if mode == "pixels":
+        config.latent(encoder_config=CONVOLUTIONS)
     config.latent(q=q or QConfig(hidden=(32,))).learners(num_learners=num_learners).validate()
     if config.encoder_path is not None:
         config.bundle = LocalBundle(config.encoder_path, config.encoder_sha256)

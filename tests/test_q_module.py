@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from catch import catch_preprocess
 from rl_toys import make_encoder, toy_config
-from test_learner import make_learner, moved, random_batch, update, weights
+from test_learner import CONVOLUTIONS, make_learner, moved, random_batch, update, weights
 
 from pipeline.errors import UserError
+from pipeline.models import to_record
 from rllib_ext.networks import QHead, blend
+from rllib_ext.policy import PolicyConfig, load_policy, save_policy
 from rllib_ext.settings import DQNSettings, QConfig
 
 
@@ -93,6 +97,19 @@ def test_acting_needs_no_target_and_is_greedy_on_expected_values(tmp_path, q):
     greedy = module.forward_inference({"obs": obs})["actions"]
     assert torch.equal(greedy, module.network(obs).argmax(1))
     assert greedy.unique().numel() > 1
+
+
+def test_a_policy_saved_from_the_module_has_its_values_whatever_the_layout_in_memory(tmp_path):
+    module = the_module(make_learner(tmp_path, "pixels"))
+    state = {name.removeprefix("network."): value for name, value in module.get_state(inference_only=True).items()}
+    assert not all(value.flags.c_contiguous for value in state.values())
+    preprocess, record = catch_preprocess(), to_record(CONVOLUTIONS.for_frames(12, 12))
+    config = PolicyConfig("pixels", 2, 16, QConfig(hidden=(32,)), preprocess.action_set, None, record)
+    save_policy(tmp_path / "policy", config, preprocess, state, encoder_bundle=None, card={})
+    frames = np.random.default_rng(0).integers(0, 255, (5, 12, 12), dtype=np.uint8)
+    got = load_policy(tmp_path / "policy").values(frames, np.ones(5, bool))
+    stacked = torch.from_numpy(frames)[:, None].repeat(1, 2, 1, 1)
+    torch.testing.assert_close(got, module.network(stacked).detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_exploration_is_epsilon_greedy_with_one_rate_or_one_for_each_row(tmp_path):
