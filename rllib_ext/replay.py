@@ -293,6 +293,8 @@ class ColumnarReplay:
 
     def _cut_open_episodes(self, lanes: NDArray[np.int64]) -> None:
         lanes = lanes[self.written[lanes] > 0]
+        if not lanes.size:  # nearly always
+            return
         newest = self._places(lanes, self.written[lanes] - 1)
         is_open = ~self._flat["is_last"].take(newest)
         lanes, newest = lanes[is_open], newest[is_open]
