@@ -213,7 +213,7 @@ def _train(stages: Any) -> None:
         from jobs.recipes import train_recipe
 
         recipe = train_recipe(o.recipe, config=o.config, overrides=o.set)
-        names = "game encoder mode agent_steps num_env_runners protocol seed register resume"
+        names = "game encoder mode agent_steps num_env_runners num_learners protocol seed register resume"
         return train.run(_workspace(o), recipe, **{name: getattr(o, name) for name in names.split()})
 
     def present(r: Result) -> str:
@@ -241,9 +241,10 @@ def _train(stages: Any) -> None:
     p.add_argument("--mode", choices=("frozen", "finetune", "pixels"), default="frozen")
     p.add_argument("--agent-steps", type=int, default=100_000, help="decisions of the agent, over all workers (100000)")
     p.add_argument("--num-env-runners", type=int, default=1, help="remote rollout workers; 0: in this process (1)")
+    p.add_argument("--num-learners", type=int, default=0, help="remote learners; 0: in this process (0)")
     p.add_argument("--protocol", default="atari100k", help=f"{', '.join(PROTOCOLS)} (atari100k)")
     p.add_argument("--seed", type=_seed, default=0)
-    p.add_argument("--register", metavar="NAME", help="name of the registered policy (GAME-MODE)")
+    p.add_argument("--register", metavar="NAME", help="name of the registered policy (GAME-agent)")
     p.add_argument("--resume", action="store_true", help="go on with the latest run of this name that was cut off")
     _places(p)
 

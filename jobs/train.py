@@ -39,7 +39,6 @@ METRICS_FILE = "metrics.jsonl"
 RESULT_FILE = "result.json"
 START_FILE = "start.json"  # the encoder's hashes before the first update
 RECORD_EVERY_S = 2.0
-CHECKPOINT_EVERY_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,7 @@ class Training:
         encoder_sha256: Of the encoder's bundle.
         agent_steps: Decisions to take, over all runners.
         num_env_runners: Remote rollout workers; 0 samples in the driver.
+        num_learners: Remote learners; 0 learns in the driver.
         seed: Of everything random.
         q: The Q network.
         train: The Q-learning.
@@ -71,6 +71,7 @@ class Training:
     encoder_sha256: str | None
     agent_steps: int
     num_env_runners: int
+    num_learners: int
     seed: int
     q: QConfig
     train: DQNSettings
@@ -86,7 +87,14 @@ class Training:
             raise UserError(f"--agent-steps is {self.agent_steps}; ask for 1 or more")
         if self.num_env_runners < 0:
             raise UserError(f"--num-env-runners is {self.num_env_runners}; give 0 (in this process) or more")
+        if self.num_learners < 0:
+            raise UserError(f"--num-learners is {self.num_learners}; give 0 (in this process) or more")
         self.train.check(num_lanes=self.train.envs_per_runner)
+
+    def describe_workers(self) -> str:
+        """The actors that the run needs at once, in words."""
+        counts = [(self.num_env_runners, "rollout worker"), (self.num_learners, "learner")]
+        return " and ".join(f"{count} {name}{'s' * (count != 1)}" for count, name in counts if count) or "the driver"
 
 
 def run(
@@ -98,6 +106,7 @@ def run(
     mode: str,
     agent_steps: int,
     num_env_runners: int,
+    num_learners: int = 0,
     protocol: str = "atari100k",
     seed: int = 0,
     register: str | None = None,
@@ -114,6 +123,7 @@ def run(
         mode: "frozen", "finetune" or "pixels".
         agent_steps: Decisions to take; the run ends with the first fragment that reaches them.
         num_env_runners: Remote rollout workers; 0 samples in the driver.
+        num_learners: Remote learners; 0 learns in the driver.
         protocol: The rules that the game is played by.
         seed: Of everything random.
         register: Name of the registered model; GAME-agent if None.
@@ -141,6 +151,7 @@ def run(
         encoder_sha256=resolved.sha256 if resolved else None,
         agent_steps=agent_steps,
         num_env_runners=num_env_runners,
+        num_learners=num_learners,
         seed=seed,
         q=recipe.q,
         train=recipe.train,
@@ -151,8 +162,8 @@ def run(
     tracking = Tracking(workspace.tracking_uri)
     tracking.check()
     logging.getLogger("ray.rllib").setLevel(logging.ERROR)
-    what = f"{num_env_runners} rollout worker{'s' if num_env_runners != 1 else ''}"
-    with ray_session(workspace, needs={"CPU": float(num_env_runners)}, what=what):
+    needs = {"CPU": float(num_env_runners + num_learners)}
+    with ray_session(workspace, needs=needs, what=plan.describe_workers()):
         config = build_config(plan, preprocess, resolved)
         config.validate()  # before the run's folder is made
         with _open_run(workspace, tracking, plan, folder, parent_run_id) as opened:
@@ -174,7 +185,10 @@ def build_config(
         env_factory=env_factory,
     )
     built: LatentDQNConfig = (
-        config.training(plan.train).env_runners(num_env_runners=plan.num_env_runners).debugging(seed=plan.seed)
+        config.training(plan.train)
+        .env_runners(num_env_runners=plan.num_env_runners)
+        .learners(num_learners=plan.num_learners)
+        .debugging(seed=plan.seed)
     )
     return built
 
@@ -243,7 +257,7 @@ class _Session:
     def __init__(self, opened: Run, plan: Training, preprocess: Preprocess, resolved: Resolved | None) -> None:
         self._run, self._plan, self._preprocess, self._resolved = opened, plan, preprocess, resolved
         self._folder = opened.folder
-        self._recorded_at = self._saved_at = time.monotonic()
+        self._recorded_at = time.monotonic()
 
     def run(self, config: LatentDQNConfig, name: str, *, is_resumed: bool) -> dict[str, Any]:
         """Trains to the end and returns the result."""
@@ -277,7 +291,8 @@ class _Session:
                 bar.note(f"return {figures['episode_return_mean']:.1f}, {figures['agent_steps_per_s']:.0f}/s")
                 is_end = algorithm.agent_steps >= self._plan.agent_steps
                 self._record(algorithm, figures, is_due=is_end)
-                if time.monotonic() - self._saved_at > CHECKPOINT_EVERY_S and not is_end:
+                every = self._plan.train.checkpoint_agent_steps
+                if steps_before // every < algorithm.agent_steps // every and not is_end:
                     self._save(algorithm)
         return (algorithm.agent_steps - first) / max(time.monotonic() - started, 1e-9)
 
@@ -304,7 +319,6 @@ class _Session:
 
     def _save(self, algorithm: LatentDQN) -> None:
         algorithm.save_to_path(self._folder / CHECKPOINT_FOLDER)
-        self._saved_at = time.monotonic()
 
     def _hashes_before(self, algorithm: LatentDQN) -> dict[str, str]:
         """The encoder's hashes before the run's first update, in whatever sitting that was."""

@@ -1,46 +1,67 @@
-"""`LatentDQN`: distributed Q-learning whose replay is columnar, on latents or on frames; a synchronous loop.
+"""`LatentDQN`: distributed Q-learning whose replay is columnar, on latents or on frames.
 
-One training step: every runner samples one fragment in parallel, the fragments go into the replay, as many updates as
-the replay ratio makes due are done, and the new weights go to the runners.
+The loop is asynchronous and holds the replay ratio. Rollout workers sample while the learner learns:
+
+    workers   are asked for fragments as long as what they have taken and been asked for is less than
+              `max_lead_fragments` a worker ahead of what the learner has answered to
+    learner   updates as long as fewer updates have been made than the replay ratio makes due
+    weights   are put into the object store after each training step; a worker pulls them at its next fragment
+
+In the synchronous mode the two take turns, in a fixed order: every worker one fragment, then all updates that are due.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict, deque
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import ray
 import torch
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_METRICS_LOGGER, DEFAULT_MODULE_ID
-from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, LEARNER_RESULTS, WEIGHTS_SEQ_NO
+from ray.rllib.utils.metrics import (
+    ENV_RUNNER_RESULTS,
+    EPISODE_LEN_MEAN,
+    EPISODE_RETURN_MEAN,
+    LEARNER_RESULTS,
+    NUM_ENV_STEPS_SAMPLED,
+    NUM_ENV_STEPS_SAMPLED_LIFETIME,
+    WEIGHTS_SEQ_NO,
+)
 
 from pipeline.errors import UserError
 from rllib_ext import compat
-from rllib_ext.checkpoint import verify_checkpoint, write_checkpoint
+from rllib_ext.checkpoint import find_checkpoint, verify_checkpoint, write_checkpoint
 from rllib_ext.config import LatentDQNConfig
-from rllib_ext.learner import LEARNER_FIGURES, UPDATES_KEY, LatentDQNLearner, to_training_data
-from rllib_ext.replay import ColumnarReplay, ReplaySpec
+from rllib_ext.learner import LatentDQNLearner, LearnerReport
+from rllib_ext.replay import ColumnarReplay, Transitions
 from rllib_ext.replay_files import load_replay, save_replay
-from rllib_ext.runner import Fragment, LatentEnvRunner
+from rllib_ext.runner import Fragment
 from rllib_ext.settings import DQNSettings
 from rllib_ext.shared_bundle import SharedBundle
 from rllib_ext.state_files import load_state, save_state
+from rllib_ext.workers import Request, RolloutWorkers, Weights
 
 RESULTS_KEY = "latentrl"  # where a result of `train()` keeps the figures of this file
 _RETURN_WINDOW_EPISODES = 20
 _MAX_DRAW_BYTES = 64 * 2**20
+_WAIT_S = 0.5
+
+T = TypeVar("T")
 
 
 class LatentDQN(Algorithm):
     """See the module. Built by `LatentDQNConfig(...).build_algo()`; `train()` makes one training step.
 
-    `train()["latentrl"]` holds `agent_steps`, `updates`, `agent_steps_per_s`, `epsilon`, `episodes`,
-    `episode_return_mean` (raw, last 20 games, NaN before the first), `td_loss`, `q_mean`, `update_s`, and seconds of
-    the step by part.
+    `train()["latentrl"]` holds `agent_steps`, `updates`, `agent_steps_per_s`, `updates_per_s`, `epsilon`, `episodes`,
+    `episode_return_mean` (raw, last 20 games, NaN before the first), `td_loss`, `q_mean`, `update_s`, `replay_ratio`
+    (updates per agent step since the warm-up), `staleness_updates` (how many updates behind the weights were that the
+    newest fragments were played with), `runner_idle_share` and `learner_idle_share` (of the time, waiting for the
+    limiter or for fragments), `cut_episodes`, `lost_runners`, and seconds of the step by part.
     """
 
     @classmethod
@@ -54,15 +75,19 @@ class LatentDQN(Algorithm):
         self.config = self._with_bundle(config)
         torch.set_num_threads(self.settings.learner_threads)
         super().setup(self.config)
-        self.replay = ColumnarReplay(self._replay_spec(), seed=config.seed or 0)
+        self.workers = RolloutWorkers(self.env_runner_group, self.settings, self.config.num_env_runners)
+        self.seed = config.seed if config.seed is not None else int(np.random.SeedSequence().generate_state(1)[0])
+        self.replay = ColumnarReplay(self.config.replay_spec(), seed=self.seed)
         self.agent_steps = 0
         self.updates = 0
         self.num_episodes = 0
+        self.num_barriers = 0
         self.num_restores = 0
         self.steps_per_runner: Counter[str] = Counter()
         self.recent_returns: deque[float] = deque(maxlen=_RETURN_WINDOW_EPISODES)
         self._finished_games: list[tuple[int, float]] = []
-        self._sync_weights()
+        self._last_checkpoint: Path | None = None
+        self._publish()
 
     def take_finished_games(self) -> list[tuple[int, float]]:
         """(agent steps taken by then, raw return) of the games that ended since the last call."""
@@ -78,56 +103,76 @@ class LatentDQN(Algorithm):
         with_bundle.freeze()
         return with_bundle
 
-    def _replay_spec(self) -> ReplaySpec:
-        is_latent = self.config.mode == "frozen"
-        assert self.config.preprocess is not None
-        frame = (self.config.preprocess.height, self.config.preprocess.width)
-        return ReplaySpec(
-            num_lanes=self.config.num_lanes,
-            lane_rows=self.settings.replay_capacity // self.config.num_lanes,
-            obs_shape=(self.config.z_dim,) if is_latent else frame,
-            obs_dtype="float16" if is_latent else "uint8",
-            stack=self.settings.stack,
-            n_step=self.settings.n_step,
-            gamma=self.settings.gamma,
-        )
-
     def training_step(self) -> None:
         """See the module."""
         self._seconds: dict[str, float] = defaultdict(float)
-        started = time.perf_counter()
-        steps_before = self.agent_steps
-        fragments = self._timed("sample_s", self._sample)
-        self._timed("store_s", lambda: self._store(fragments))
-        learner_figures = self._learn()
-        if learner_figures:
-            self._timed("sync_s", self._sync_weights)
+        self._staleness: list[int] = []
+        started, idle_before = time.perf_counter(), self.workers.idle_s
+        steps_before, updates_before = self.agent_steps, self.updates
+        learner_figures = self._take_turns() if self.settings.synchronous else self._overlap()
         seconds = time.perf_counter() - started
         figures = {**self.figures(), **learner_figures, **self._seconds, "step_s": seconds}
         figures["agent_steps_per_s"] = (self.agent_steps - steps_before) / seconds
+        figures["updates_per_s"] = (self.updates - updates_before) / seconds
+        figures["runner_idle_share"] = (self.workers.idle_s - idle_before) / (seconds * self.workers.num_runners)
+        figures["learner_idle_share"] = self._seconds["wait_s"] / seconds
+        if self._staleness:
+            figures["staleness_updates"] = float(np.mean(self._staleness))
         for name, value in figures.items():
             self.metrics.log_value((RESULTS_KEY, name), value, reduce="item")
 
-    def _timed(self, name: str, part: Any) -> Any:
+    def _take_turns(self) -> dict[str, float]:
+        """Every worker one fragment, then all updates that are due."""
+        self.workers.ask_all(self._request())
+        self._store(self._timed("wait_s", self.workers.take_all))
+        figures = self._learn(self._due())
+        self._publish()
+        return figures
+
+    def _overlap(self) -> dict[str, float]:
+        """One portion of updates, or while none is due what the workers have brought; workers are kept busy."""
+        figures: dict[str, float] = {}
+        while not figures:
+            self._ask()
+            is_due = self._due() > 0
+            fragments = self._timed("wait_s", lambda wait_s=0.0 if is_due else _WAIT_S: self.workers.take(wait_s))
+            self._store(fragments)
+            self._ask()
+            figures = self._learn(min(self._due(), self.settings.max_updates_per_step))
+            if fragments and not figures and self.agent_steps < self.settings.warmup_agent_steps:
+                break
+            if not fragments and not figures:
+                self.restore_env_runners(self.env_runner_group)
+        if figures:
+            self._publish()
+        return figures
+
+    def _ask(self) -> None:
+        """Asks for as many fragments as the limit on the lead allows."""
+        settings = self.settings
+        limit = settings.max_lead_fragments * self.workers.num_runners * settings.fragment_steps
+        lead = self.agent_steps + self.workers.steps_under_way - settings.consumed_agent_steps(self.updates)
+        self.workers.ask(self._request(), int(limit - lead))
+
+    def _request(self) -> Request:
+        era = (self.seed, self.num_barriers, self.num_restores)
+        return Request(self.agent_steps, era, self._weights)
+
+    def _due(self) -> int:
+        return self.settings.due_updates(self.agent_steps) - self.updates
+
+    def restore_env_runners(self, env_runner_group: Any) -> list[int]:
+        """RLlib's hook before each training step: lost runners are back in service as soon as they answer."""
+        return self.workers.revive()
+
+    def _timed(self, name: str, part: Callable[[], T]) -> T:
         started = time.perf_counter()
         result = part()
         self._seconds[name] += time.perf_counter() - started
         return result
 
-    def _sample(self) -> list[Fragment]:
-        kwargs = {"agent_steps": self.agent_steps}
-        if self.config.num_env_runners == 0:
-            results = [_sample_and_report(self.env_runner, **kwargs)]
-        else:
-            results = self.env_runner_group.foreach_env_runner(
-                lambda runner: _sample_and_report(runner, **kwargs), local_env_runner=False
-            )
-        self.metrics.aggregate([metrics for _, metrics, _ in results], key=ENV_RUNNER_RESULTS)
-        for fragment, _, who in results:
-            self.steps_per_runner[who] += fragment.agent_steps
-        return [fragment for fragment, _, _ in results]
-
     def _store(self, fragments: list[Fragment]) -> None:
+        started = time.perf_counter()
         for fragment in fragments:
             first_lane = max(0, fragment.worker_index - 1) * self.settings.envs_per_runner
             self.replay.add(fragment.rows, first_lane)
@@ -135,36 +180,70 @@ class LatentDQN(Algorithm):
             self.num_episodes += len(fragment.episode_returns)
             self.recent_returns.extend(fragment.episode_returns)
             self._finished_games += [(self.agent_steps, value) for value in fragment.episode_returns]
+            self._staleness.append(self.updates - fragment.weights_updates)
+            name = f"runner-{fragment.worker_index} {fragment.actor}" if fragment.actor else "in-process"
+            self.steps_per_runner[name] += fragment.agent_steps
             for part, seconds in fragment.seconds.items():
                 self._seconds[f"{part}_s"] += seconds / len(fragments)
+            self._log_for_rllib(fragment)
+        self._seconds["store_s"] += time.perf_counter() - started
 
-    def _learn(self) -> dict[str, float]:
-        due = self.settings.due_updates(self.agent_steps) - self.updates
+    def _log_for_rllib(self, fragment: Fragment) -> None:
+        """What RLlib's own tools look for in a result."""
+        for key, reduce in ((NUM_ENV_STEPS_SAMPLED, "sum"), (NUM_ENV_STEPS_SAMPLED_LIFETIME, "lifetime_sum")):
+            self.metrics.log_value((ENV_RUNNER_RESULTS, key), fragment.agent_steps, reduce=reduce)
+        for episode_return, length in zip(fragment.episode_returns, fragment.episode_lengths, strict=True):
+            window = _RETURN_WINDOW_EPISODES
+            self.metrics.log_value((ENV_RUNNER_RESULTS, EPISODE_RETURN_MEAN), episode_return, window=window)
+            self.metrics.log_value((ENV_RUNNER_RESULTS, EPISODE_LEN_MEAN), length, window=window)
+
+    def _learn(self, num_updates: int) -> dict[str, float]:
+        """Makes so many updates; figures of the last portion, none where there was nothing to do."""
         figures: dict[str, float] = {}
-        while due > 0:
-            num_updates = min(due, self._updates_per_draw())
-            drawn = self._timed("draw_s", lambda n=num_updates: self.replay.sample(n * self.settings.batch_size))
-            results = self._timed("update_total_s", lambda d=drawn: self._update(d))
-            self.metrics.aggregate(results, key=LEARNER_RESULTS)
-            stats = results[0][DEFAULT_MODULE_ID]
-            figures = {name: float(stats[name].peek()) for name in LEARNER_FIGURES}
-            self.updates += num_updates
-            due -= num_updates
+        while num_updates > 0:
+            portion = min(num_updates, self._updates_per_draw())
+            drawn = self._timed("draw_s", lambda n=portion: self._draw(n))
+            reports = self._timed("update_total_s", lambda d=drawn: self._update(d))
+            self._timed("priorities_s", lambda r=reports: self._prioritise(r))
+            figures = reports[0].figures
+            self.updates += portion
+            num_updates -= portion
+        for name, value in figures.items():
+            self.metrics.log_value((LEARNER_RESULTS, DEFAULT_MODULE_ID, name), value, window=1)
         return figures
 
+    def _draw(self, num_updates: int) -> Transitions:
+        settings = self.settings
+        return self.replay.sample(settings.batch_size, settings.priority_beta, num_updates)
+
+    def _update(self, drawn: Transitions) -> list[LearnerReport]:
+        shared = ray.put(drawn) if self.learner_group.is_remote else drawn
+        results = self.learner_group.foreach_learner(_update_learner, drawn=shared, updates_before=self.updates)
+        return _values(results)
+
+    def _prioritise(self, reports: list[LearnerReport]) -> None:
+        if self.settings.priority_alpha:
+            for report in reports:
+                self.replay.update_priorities(report.ids, report.td_errors)
+
     def _updates_per_draw(self) -> int:
+        """As many as fit into memory; with priorities few enough that they are not stale when drawn."""
         frames = 2 * self.settings.stack * self.settings.batch_size
-        return max(1, _MAX_DRAW_BYTES // (frames * self.replay.bytes_per_row))
+        fitting = max(1, _MAX_DRAW_BYTES // (frames * self.replay.bytes_per_row))
+        return min(fitting, self.settings.max_updates_per_draw)
 
-    def _update(self, drawn: Any) -> Any:
-        return self.learner_group.update(
-            training_data=to_training_data(drawn),
-            minibatch_size=self.settings.batch_size,
-            timesteps={UPDATES_KEY: self.updates},
-        )
+    def _publish(self) -> None:
+        """Puts the newest weights where runners will find them."""
+        started = time.perf_counter()
+        state = self._module_state()
+        self._weights = Weights(self.updates, ray.put(state) if self.config.num_env_runners else state)
+        if hasattr(self, "_seconds"):
+            self._seconds["publish_s"] += time.perf_counter() - started
 
-    def _sync_weights(self) -> None:
-        self.env_runner_group.sync_weights(from_worker_or_learner_group=self.learner_group, inference_only=True)
+    def _module_state(self) -> dict[str, np.ndarray[Any, Any]]:
+        state: dict[str, np.ndarray[Any, Any]]
+        (state,) = _values(self.learner_group.foreach_learner(_inference_state, remote_actor_ids=[0]))
+        return state
 
     def figures(self) -> dict[str, float]:
         """Where the run stands: counters, epsilon, mean raw return of the last 20 games (NaN before the first)."""
@@ -173,6 +252,9 @@ class LatentDQN(Algorithm):
             "updates": self.updates,
             "episodes": self.num_episodes,
             "epsilon": self.settings.epsilon(self.agent_steps),
+            "replay_ratio": self.updates / max(1, self.agent_steps - self.settings.warmup_agent_steps),
+            "cut_episodes": self.replay.num_cut_episodes,
+            "lost_runners": self.workers.deaths.total(),
             "episode_return_mean": float(np.mean(self.recent_returns)) if self.recent_returns else float("nan"),
         }
 
@@ -187,12 +269,12 @@ class LatentDQN(Algorithm):
 
     def network_state(self) -> dict[str, np.ndarray[Any, Any]]:
         """The learner's online network: parameter name ("head....", "encoder....") to array."""
-        state = self.learner_group.get_state(inference_only=True)[COMPONENT_LEARNER]
-        weights = state["rl_module"][DEFAULT_MODULE_ID]
-        return {name.removeprefix("network."): value for name, value in weights.items()}
+        return {name.removeprefix("network."): value for name, value in self._module_state().items()}
 
     def save_to_path(self, path: str | Path | None = None, **kwargs: Any) -> str:
         """Writes a checkpoint with everything a resumed run needs, the replay included; no pickle.
+
+        In the synchronous mode it is a barrier: the workers go on with new episodes from seeds of its number.
 
         Args:
             path: The checkpoint's folder; replaced when it exists.
@@ -203,7 +285,9 @@ class LatentDQN(Algorithm):
         """
         if path is None or kwargs:
             raise UserError(f"LatentDQN writes checkpoints to a folder of yours; got path={path}, {kwargs}")
-        write_checkpoint(Path(path), self.config.run_id, self._write_state)
+        if self.settings.synchronous:
+            self.num_barriers += 1  # every run starts new episodes here, so that a resumed one is in the same place
+        write_checkpoint(Path(path), self.config.run_id, lambda folder: self._write_state(folder, Path(path)))
         return str(path)
 
     def restore_from_path(self, path: str | Path, **kwargs: Any) -> None:
@@ -217,7 +301,7 @@ class LatentDQN(Algorithm):
         verify_checkpoint(Path(path), self.config.run_id)
         self._read_state(Path(path))
 
-    def _write_state(self, folder: Path) -> None:
+    def _write_state(self, folder: Path, previous: Path) -> None:
         learner = self.learner_group.get_state()[COMPONENT_LEARNER]
         learner.pop(COMPONENT_METRICS_LOGGER, None)
         state = {
@@ -225,34 +309,52 @@ class LatentDQN(Algorithm):
             "agent_steps": self.agent_steps,
             "updates": self.updates,
             "num_episodes": self.num_episodes,
+            "num_barriers": self.num_barriers,
             "num_restores": self.num_restores,
+            "seed": self.seed,
+            "deaths": dict(self.workers.deaths),
             "recent_returns": list(self.recent_returns),
             "steps_per_runner": dict(self.steps_per_runner),
             "iteration": self.iteration,
             "torch_rng": torch.get_rng_state().numpy(),
         }
         save_state(state, folder, "state")
-        save_replay(self.replay, folder / "replay")
+        earlier = find_checkpoint(previous)
+        save_replay(self.replay, folder / "replay", earlier / "replay" if earlier else None)
 
     def _read_state(self, folder: Path) -> None:
         state = load_state(folder, "state")
-        self.replay = load_replay(folder / "replay", self._replay_spec())
+        self.workers.forget()
+        self.replay = load_replay(folder / "replay", self.config.replay_spec())
         self.learner_group.set_state({COMPONENT_LEARNER: {**state["learner"], WEIGHTS_SEQ_NO: 0}})
         self.agent_steps, self.updates = state["agent_steps"], state["updates"]
-        self.num_episodes, self.num_restores = state["num_episodes"], state["num_restores"] + 1
+        self.num_episodes, self.num_barriers, self.seed = state["num_episodes"], state["num_barriers"], state["seed"]
+        self.num_restores = state["num_restores"] + (not self.settings.synchronous)
+        self.workers.deaths.update(state["deaths"])
         self.recent_returns.extend(state["recent_returns"])
         self.steps_per_runner.update(state["steps_per_runner"])
         torch.set_rng_state(torch.from_numpy(state["torch_rng"]))
         compat.set_iteration(self, state["iteration"])
-        num_restores = self.num_restores
-        self.env_runner_group.foreach_env_runner(lambda runner: runner.restarted(num_restores))
-        self._sync_weights()
+        self._publish()
 
 
-def _sample_and_report(runner: LatentEnvRunner, *, agent_steps: int) -> tuple[Fragment, Any, str]:
-    fragment = runner.sample(agent_steps=agent_steps)
-    actor = ray.get_runtime_context().get_actor_id() if runner.worker_index else None
-    return fragment, runner.get_metrics(), f"runner-{runner.worker_index} {actor}" if actor else "in-process"
+def _values(results: Any) -> list[Any]:
+    """What learners returned; the first error of one is raised."""
+    for result in results:
+        if not result.ok:
+            raise result.get()
+    return [result.get() for result in results]
+
+
+def _update_learner(learner: LatentDQNLearner, drawn: Any, updates_before: int) -> LearnerReport:
+    transitions = ray.get(drawn) if isinstance(drawn, ray.ObjectRef) else drawn
+    return learner.update_drawn(transitions, updates_before=updates_before)
+
+
+def _inference_state(learner: LatentDQNLearner) -> dict[str, np.ndarray[Any, Any]]:
+    module = learner.module[DEFAULT_MODULE_ID].unwrapped()
+    state: dict[str, np.ndarray[Any, Any]] = module.get_state(inference_only=True)
+    return state
 
 
 def _learner_encoder_sha256(learner: LatentDQNLearner) -> str | None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+import ray
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.connectors.env_to_module import EnvToModulePipeline
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
@@ -16,6 +20,7 @@ from pipeline.schema import Preprocess
 from rllib_ext.connectors import EncodeObservations, StackObservations
 from rllib_ext.learner import LatentDQNLearner
 from rllib_ext.module import SPEC_KEY, LatentQModule, QModuleSpec
+from rllib_ext.replay import ReplaySpec, required_bytes
 from rllib_ext.runner import EnvFactory, LatentEnvRunner, atari_factory
 from rllib_ext.settings import MODES, DQNSettings, QConfig, replace_known
 from rllib_ext.shared_bundle import SharedBundle
@@ -30,6 +35,8 @@ _HONOURED = {
     "num_env_runners",
     "num_cpus_per_env_runner",
     "custom_resources_per_env_runner",
+    "num_learners",
+    "num_cpus_per_learner",
     "validate_env_runners_after_construction",
     "seed",
     "log_level",
@@ -71,7 +78,7 @@ class LatentDQNConfig(AlgorithmConfig):
         self.merge_env_runner_states = False
         self.broadcast_env_runner_states = False
         self.torch_skip_nan_gradients = True  # a check per parameter and update that costs more than it finds
-        self.restart_failed_env_runners = False  # a dead runner ends the run, which can be resumed; nothing is hidden
+        self.restart_failed_env_runners = True
         self.mode = "frozen"
         self.preprocess: Preprocess | None = None
         self.encoder_path: Path | None = None
@@ -130,7 +137,42 @@ class LatentDQNConfig(AlgorithmConfig):
         self._check_choices()
         self.settings.check(self.num_lanes)
         self._read_encoder()
+        self._check_resources()
         super().validate()
+
+    def replay_spec(self) -> ReplaySpec:
+        """What the replay holds; after validate(), which reads the latents' length from the encoder."""
+        assert self.preprocess is not None
+        is_latent = self.mode == "frozen"
+        return ReplaySpec(
+            num_lanes=self.num_lanes,
+            lane_rows=self.settings.replay_capacity // self.num_lanes,
+            obs_shape=(self.z_dim,) if is_latent else (self.preprocess.height, self.preprocess.width),
+            obs_dtype="float16" if is_latent else "uint8",
+            stack=self.settings.stack,
+            n_step=self.settings.n_step,
+            gamma=self.settings.gamma,
+            priority_alpha=self.settings.priority_alpha,
+        )
+
+    def _check_resources(self) -> None:
+        needed, there = required_bytes(self.replay_spec()), psutil.virtual_memory().available
+        if needed > there:
+            raise UserError(
+                f"train.replay_capacity is {self.settings.replay_capacity}, which takes {needed / 2**30:.1f} GiB when "
+                f"full; this machine has {there / 2**30:.1f} GiB free; lower it"
+            )
+        if self.num_learners and self.settings.batch_size % self.num_learners:
+            raise UserError(
+                f"train.batch_size is {self.settings.batch_size}, which {self.num_learners} learners cannot share "
+                f"evenly; make it a multiple"
+            )
+        cpus = _cpus()
+        asked = self.num_learners * (self.num_cpus_per_learner if isinstance(self.num_cpus_per_learner, int) else 1)
+        if asked > cpus:
+            raise UserError(
+                f"num_learners is {self.num_learners}, more than the {cpus:g} CPUs that there are; ask for fewer"
+            )
 
     @property
     def num_lanes(self) -> int:
@@ -183,6 +225,7 @@ class LatentDQNConfig(AlgorithmConfig):
             "num_envs_per_env_runner": self.settings.envs_per_runner,
             "rollout_fragment_length": self.settings.fragment_length,
             "train_batch_size_per_learner": self.settings.batch_size,
+            "max_requests_in_flight_per_env_runner": math.ceil(self.settings.max_lead_fragments) + 1,
         }
 
     def get_state(self) -> dict[str, Any]:
@@ -220,6 +263,11 @@ class LatentDQNConfig(AlgorithmConfig):
             assert self.preprocess is not None
             pieces.insert(0, EncodeObservations(bundle=self.bundle, preprocess=self.preprocess, z_dim=self.z_dim))
         return EnvToModulePipeline(input_observation_space=single[0], input_action_space=single[1], connectors=pieces)
+
+
+def _cpus() -> float:
+    """CPUs of the cluster that is joined, or of this machine."""
+    return float(ray.cluster_resources().get("CPU", 0)) if ray.is_initialized() else float(os.cpu_count() or 1)
 
 
 def _differs(value: Any, default: Any) -> bool:

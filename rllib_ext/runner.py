@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
+import ray
 import torch
 from numpy.typing import NDArray
 from ray.rllib.core import COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
@@ -21,13 +22,7 @@ from ray.rllib.core.columns import Columns
 from ray.rllib.env import INPUT_ENV_SINGLE_SPACES, INPUT_ENV_SPACES
 from ray.rllib.env.env_runner import EnvRunner
 from ray.rllib.utils.checkpoints import Checkpointable
-from ray.rllib.utils.metrics import (
-    EPISODE_LEN_MEAN,
-    EPISODE_RETURN_MEAN,
-    NUM_ENV_STEPS_SAMPLED,
-    NUM_ENV_STEPS_SAMPLED_LIFETIME,
-    WEIGHTS_SEQ_NO,
-)
+from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME, WEIGHTS_SEQ_NO
 
 from pipeline.atari import Step, VectorAtari, make_vector
 from pipeline.schema import Preprocess
@@ -35,6 +30,7 @@ from rllib_ext.connectors import IS_FIRST, EncodeObservations
 from rllib_ext.module import LatentQModule
 from rllib_ext.replay import Rows
 from rllib_ext.settings import DQNSettings
+from rllib_ext.workers import Request
 
 EnvFactory = Callable[[Preprocess, int, int], VectorAtari]
 
@@ -44,6 +40,7 @@ class Fragment(NamedTuple):
 
     `rows` (T, E, ...); `worker_index` 0 in the driver, else 1...; `agent_steps` decisions taken (rows that are not the
     last of an episode); `episode_returns` raw, and `episode_lengths` in agent steps, of the games that ended;
+    `weights_updates` updates that the weights acted with had seen; `actor` Ray's id of the worker, empty in-process;
     `seconds` spent in "environment", "observation" (encoding and stacking) and "action".
     """
 
@@ -52,6 +49,8 @@ class Fragment(NamedTuple):
     agent_steps: int
     episode_returns: list[float]
     episode_lengths: list[int]
+    weights_updates: int
+    actor: str
     seconds: dict[str, float]
 
 
@@ -91,8 +90,11 @@ class LatentEnvRunner(EnvRunner, Checkpointable):
         self._env_to_module = self.config.build_env_to_module_connector(env=self.env, spaces=self.spaces)
         self.make_module()
         self._weights_seq_no = 0
+        self._weights_updates = -1
         self._obs: _Observation | None = None
-        self._seed_generators(0)
+        self._era: tuple[int, ...] = ()
+        self._actor = ray.get_runtime_context().get_actor_id() or "" if self.worker_index else ""
+        self._enter((self.config.seed or 0, 0, 0))
 
     def make_env(self) -> None:
         """Builds the vector environment; the next sample starts new episodes."""
@@ -106,11 +108,22 @@ class LatentEnvRunner(EnvRunner, Checkpointable):
         spec = self.config.get_rl_module_spec(spaces=self.get_spaces(), inference_only=True)
         self.module: LatentQModule = spec.build().eval()
 
-    def _seed_generators(self, num_restores: int) -> None:
-        words = [self.config.seed or 0, self.worker_index or 0, num_restores]
-        entropy = np.random.SeedSequence(words if self.config.seed is not None else None)
+    def _enter(self, era: tuple[int, ...]) -> None:
+        """Starts anew: fresh episodes, seeds of environments and exploration that depend on the era and the runner."""
+        if era == self._era:
+            return
+        entropy = np.random.SeedSequence([*era, self.worker_index or 0])
         self._env_seeds = np.random.default_rng(entropy)
         self._exploration = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
+        self._era, self._obs = era, None
+
+    def sample_fragment(self, request: Request) -> Fragment:
+        """Answers a request of the algorithm: takes newer weights over, enters its era, takes a fragment's steps."""
+        self._enter(request.era)
+        if request.weights.updates != self._weights_updates:
+            self.module.set_state(request.weights.load())
+            self._weights_updates = request.weights.updates
+        return self.sample(agent_steps=request.agent_steps)
 
     def sample(self, *, agent_steps: int = 0, explore: bool = True, force_reset: bool = False) -> Fragment:
         """Takes `fragment_length` vector steps.
@@ -178,12 +191,23 @@ class LatentEnvRunner(EnvRunner, Checkpointable):
         started = time.perf_counter()
         batch = {Columns.OBS: torch.from_numpy(stacked)}
         if explore:
-            outputs = self.module.forward_exploration(batch, t=global_steps, generator=self._exploration)
+            epsilon = self._epsilon(global_steps)
+            outputs = self.module.forward_exploration(batch, epsilon=epsilon, generator=self._exploration)
         else:
             outputs = self.module.forward_inference(batch)
         actions: NDArray[np.int64] = outputs[Columns.ACTIONS].numpy()
         self._clock["action"] += time.perf_counter() - started
         return actions
+
+    def _epsilon(self, global_steps: int) -> float | torch.Tensor:
+        """One rate for all environments, or with Ape-X one for each of this runner's, (E,) float32."""
+        if self.settings.exploration == "schedule":
+            return self.settings.epsilon(global_steps)
+        num_envs = self.settings.envs_per_runner
+        first = max(0, (self.worker_index or 0) - 1) * num_envs
+        total = max(1, self.config.num_env_runners) * num_envs
+        rates = [self.settings.apex_epsilon(global_steps, first + e, total) for e in range(num_envs)]
+        return torch.tensor(rates)
 
     def _observe(self, step: Step, *, is_first: NDArray[np.bool_], is_last: NDArray[np.bool_]) -> _Observation:
         started = time.perf_counter()
@@ -195,13 +219,17 @@ class LatentEnvRunner(EnvRunner, Checkpointable):
     def _finish(self, rows: Rows) -> Fragment:
         agent_steps = int((~rows.is_last).sum())
         self.num_env_steps_sampled_lifetime += agent_steps
-        self.metrics.log_value(NUM_ENV_STEPS_SAMPLED, agent_steps, reduce="sum")
-        self.metrics.log_value(NUM_ENV_STEPS_SAMPLED_LIFETIME, agent_steps, reduce="lifetime_sum")
         returns, lengths = [r for r, _ in self._ended], [n for _, n in self._ended]
-        for episode_return, length in self._ended:
-            self.metrics.log_value(EPISODE_RETURN_MEAN, episode_return, window=20)
-            self.metrics.log_value(EPISODE_LEN_MEAN, length, window=20)
-        return Fragment(rows, self.worker_index or 0, agent_steps, returns, lengths, dict(self._clock))
+        return Fragment(
+            rows,
+            self.worker_index or 0,
+            agent_steps,
+            returns,
+            lengths,
+            self._weights_updates,
+            self._actor,
+            dict(self._clock),
+        )
 
     def get_metrics(self) -> Any:
         """RLlib's metrics since the last call, reduced for the driver's logger."""
@@ -242,11 +270,6 @@ class LatentEnvRunner(EnvRunner, Checkpointable):
     def get_ctor_args_and_kwargs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """For RLlib's checkpoints of components."""
         return (), {"config": self.config}
-
-    def restarted(self, num_restores: int) -> None:
-        """Moves on to fresh random numbers and new episodes, after a run was resumed."""
-        self._seed_generators(num_restores)
-        self._obs = None
 
     @property
     def weights_seq_no(self) -> int:

@@ -83,6 +83,8 @@ class DQNSettings:
             overlap.
         max_lead_fragments: How many fragments a runner may be ahead of the learner before it has to wait.
         max_updates_per_step: Updates of one training step at most; a longer backlog is worked off in several.
+        checkpoint_agent_steps: Agent steps between two checkpoints of `latentrl train`; in the synchronous mode part of
+            what a run is, since workers start new episodes there.
         reward_clip: Learning sees rewards cut to [-reward_clip, reward_clip]; 0 leaves them alone.
         life_loss_ends_bootstrap: Whether no value is carried over the loss of a life (the game goes on).
         grad_clip: Greatest norm of a gradient, per optimizer; 0 leaves them alone.
@@ -116,6 +118,7 @@ class DQNSettings:
     synchronous: bool = False
     max_lead_fragments: float = 2.0
     max_updates_per_step: int = 32
+    checkpoint_agent_steps: int = 20_000
     reward_clip: float = 1.0
     life_loss_ends_bootstrap: bool = True
     grad_clip: float = 10.0
@@ -123,10 +126,35 @@ class DQNSettings:
     runner_threads: int = 1
     learner_threads: int = 1
 
+    @property
+    def fragment_steps(self) -> int:
+        """Agent steps of a fragment at most."""
+        return self.envs_per_runner * self.fragment_length
+
+    @property
+    def max_updates_per_draw(self) -> int:
+        """Minibatches drawn at once: with priorities few, so that they have heard of the last ones."""
+        return 4 if self.priority_alpha else self.max_updates_per_step
+
     def epsilon(self, agent_steps: int) -> float:
         """Chance of a random action after so many agent steps."""
         done = min(1.0, agent_steps / max(1, self.epsilon_decay_agent_steps))
         return self.epsilon_start + done * (self.epsilon_end - self.epsilon_start)
+
+    def apex_epsilon(self, agent_steps: int, environment: int, num_environments: int) -> float:
+        """Chance of a random action in one of all environments; everything is random during the warm-up.
+
+        References:
+            Horgan et al. (2018), Distributed Prioritized Experience Replay, section 4. arXiv:1803.00933.
+        """
+        if agent_steps < self.warmup_agent_steps:
+            return 1.0
+        power = 1.0 + 7.0 * environment / max(1, num_environments - 1)
+        return float(0.4**power)
+
+    def consumed_agent_steps(self, updates: int) -> float:
+        """Agent steps that so many updates answer to, the warm-up included."""
+        return self.warmup_agent_steps + updates / self.updates_per_agent_step
 
     def due_updates(self, agent_steps: int) -> int:
         """Updates that the replay ratio allows in total after so many agent steps."""
@@ -194,7 +222,7 @@ _FIELD_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     *((name, *_POSITIVE) for name in ("lr", "encoder_lr", "adam_epsilon", "batch_size", "n_step", "stack")),
     *((name, *_POSITIVE) for name in ("updates_per_agent_step", "replay_capacity", "envs_per_runner")),
     *((name, *_POSITIVE) for name in ("fragment_length", "runner_threads", "learner_threads")),
-    *((name, *_POSITIVE) for name in ("max_lead_fragments", "max_updates_per_step")),
+    *((name, *_POSITIVE) for name in ("max_lead_fragments", "max_updates_per_step", "checkpoint_agent_steps")),
     *((name, *_NATURAL) for name in ("warmup_agent_steps", "epsilon_decay_agent_steps", "reward_clip", "grad_clip")),
     *((name, *_NATURAL) for name in ("target_update_updates",)),
     *((name, *_SHARE) for name in ("gamma", "epsilon_start", "epsilon_end", "target_tau")),

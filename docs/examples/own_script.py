@@ -1,6 +1,6 @@
 """`LatentDQN` in a script of one's own: built, trained, saved, restored, and searched over by Ray Tune.
 
-    python docs/examples/own_script.py --encoder FOLDER [--game pong] [--agent-steps 4000]
+python docs/examples/own_script.py --encoder FOLDER [--game pong] [--agent-steps 4000]
 """
 
 from __future__ import annotations

@@ -1,0 +1,228 @@
+"""The actor-learner loop: the replay ratio, the lead, reproducibility, resumption, and workers that die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import catch
+import numpy as np
+import pytest
+import ray
+import torch
+from catch import VectorCatch
+from rl_toys import make_encoder, toy_config
+
+from pipeline.errors import UserError
+from rllib_ext.algorithm import RESULTS_KEY, LatentDQN
+from rllib_ext.runner import LatentEnvRunner
+from rllib_ext.settings import DQNSettings
+from rllib_ext.workers import Request, Weights
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray_session():
+    torch.set_num_threads(1)
+    ray.cloudpickle.register_pickle_by_value(catch)  # workers do not see this folder
+    ray.init(num_cpus=4, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+    ray.cloudpickle.unregister_pickle_by_value(catch)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    return make_encoder(tmp_path_factory.mktemp("encoder") / "bundle")
+
+
+@pytest.fixture
+def build():
+    built: list[LatentDQN] = []
+
+    def make(config) -> LatentDQN:
+        built.append(config.build_algo())
+        return built[-1]
+
+    yield make
+    for algorithm in built:
+        algorithm.stop()
+
+
+def train(algorithm: LatentDQN, agent_steps: int) -> dict[str, float]:
+    figures = {}
+    while algorithm.agent_steps < agent_steps:
+        figures = algorithm.train()[RESULTS_KEY]
+    return figures
+
+
+def assert_same(one: LatentDQN, other: LatentDQN) -> None:
+    assert (one.agent_steps, one.updates, one.num_episodes) == (other.agent_steps, other.updates, other.num_episodes)
+    for name, value in one.network_state().items():
+        np.testing.assert_array_equal(value, other.network_state()[name])
+    for name, column in one.replay.columns.items():
+        held = column[:, : int(one.replay.written.max())]
+        np.testing.assert_array_equal(held, other.replay.columns[name][:, : held.shape[1]], err_msg=name)
+
+
+@pytest.mark.parametrize("num_runners", [0, 2])
+@pytest.mark.parametrize("priority_alpha", [0.0, 0.6])
+def test_synchronous_runs_repeat_and_a_resumed_one_equals_an_uninterrupted_one(
+    build, encoder, tmp_path, num_runners, priority_alpha
+):
+    config = toy_config("frozen", encoder, synchronous=True, priority_alpha=priority_alpha)
+    config = config.env_runners(num_env_runners=num_runners)
+    whole = build(config.copy())
+    train(whole, 300)
+    path = whole.save_to_path(tmp_path / "checkpoint")
+    train(whole, 600)
+    again = build(config.copy())
+    train(again, 300)
+    again.save_to_path(tmp_path / "another")
+    train(again, 600)
+    assert_same(whole, again)
+    resumed = build(config.copy())
+    resumed.restore_from_path(path)
+    train(resumed, 600)
+    assert_same(whole, resumed)
+    assert whole.replay.num_cut_episodes == resumed.replay.num_cut_episodes > 0
+
+
+@pytest.mark.parametrize(("num_runners", "ratio"), [(0, 0.25), (1, 0.5), (3, 0.125)])
+def test_the_asynchronous_loop_holds_the_replay_ratio_and_the_lead(build, encoder, num_runners, ratio):
+    config = toy_config("frozen", encoder, updates_per_agent_step=ratio).env_runners(num_env_runners=num_runners)
+    algorithm, settings = build(config), config.settings
+    limit = settings.max_lead_fragments * max(1, num_runners) * settings.fragment_steps
+    while algorithm.agent_steps < 6_000:
+        figures = algorithm.train()[RESULTS_KEY]
+        lead = algorithm.agent_steps + algorithm.workers.steps_under_way
+        assert lead - settings.consumed_agent_steps(algorithm.updates) <= limit
+        assert algorithm.updates <= settings.due_updates(algorithm.agent_steps)
+    backlog = limit * ratio / algorithm.updates
+    assert figures["replay_ratio"] == pytest.approx(ratio, rel=max(0.01, backlog))
+    assert 0 <= figures["runner_idle_share"] <= 1
+    assert (
+        0 <= figures["staleness_updates"] <= (limit + settings.fragment_steps) * ratio + settings.max_updates_per_step
+    )
+
+
+def test_a_slow_learner_makes_the_workers_wait(build, encoder, monkeypatch):
+    algorithm = build(toy_config("frozen", encoder).env_runners(num_env_runners=2))
+    train(algorithm, 200)
+    update = algorithm._update
+
+    def slowly(drawn):
+        time.sleep(0.2)
+        return update(drawn)
+
+    monkeypatch.setattr(algorithm, "_update", slowly)
+    figures = [algorithm.train()[RESULTS_KEY] for _ in range(12)]
+    assert np.mean([step["runner_idle_share"] for step in figures[4:]]) > 0.5
+    assert np.mean([step["learner_idle_share"] for step in figures[4:]]) < 0.2
+
+
+def test_a_killed_worker_is_replaced_and_nothing_that_had_arrived_is_lost(build, encoder):
+    algorithm = build(toy_config("frozen", encoder).env_runners(num_env_runners=2))
+    train(algorithm, 400)
+    written = algorithm.replay.written.copy()
+    pids = algorithm.env_runner_group.foreach_env_runner(lambda _: os.getpid(), local_env_runner=False)
+    os.kill(pids[0], signal.SIGKILL)
+    seen = set()
+    before, until = algorithm.agent_steps, time.monotonic() + 90
+    while time.monotonic() < until and not (algorithm.workers.deaths and 1 in seen):
+        algorithm.train()
+        lost = algorithm.workers.deaths[1] > 0
+        seen = set(algorithm.env_runner_group.healthy_env_runner_ids()) if lost else set()
+    assert algorithm.workers.deaths == {1: 1}
+    assert algorithm.agent_steps > before
+    after = algorithm.agent_steps
+    train(algorithm, after + 400)
+    assert (algorithm.replay.written > written).all()
+    assert algorithm.replay.written.sum() >= algorithm.agent_steps
+    assert algorithm.replay.num_cut_episodes > 0
+    now = algorithm.env_runner_group.foreach_env_runner(lambda _: os.getpid(), local_env_runner=False)
+    assert len(now) == 2
+    assert pids[0] not in now
+
+
+class BrokenCatch(VectorCatch):
+    def step(self, actions):
+        raise ZeroDivisionError("the game is broken")
+
+
+def broken_factory(preprocess, num_envs, num_threads):
+    return BrokenCatch(num_envs)
+
+
+def test_an_error_of_the_environment_ends_the_run(build, encoder):
+    import sys
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    config = toy_config("frozen", encoder).latent(env_factory=broken_factory).env_runners(num_env_runners=1)
+    algorithm = build(config)
+    with pytest.raises(ZeroDivisionError, match="the game is broken"):
+        algorithm.train()
+    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+@pytest.mark.parametrize("num_learners", [1, 2])
+def test_remote_learners_learn_and_set_priorities(build, encoder, num_learners):
+    config = toy_config("frozen", encoder, priority_alpha=0.6).env_runners(num_env_runners=1)
+    algorithm = build(config.learners(num_learners=num_learners))
+    before = algorithm.network_state()
+    told = []
+    update_priorities = algorithm.replay.update_priorities
+    algorithm.replay.update_priorities = lambda ids, errors: (told.append(ids), update_priorities(ids, errors))
+    train(algorithm, 400)
+    assert any((value != before[name]).any() for name, value in algorithm.network_state().items())
+    assert sum(len(ids) for ids in told) == algorithm.updates * config.settings.batch_size
+
+
+def test_a_new_era_starts_new_episodes_from_other_seeds(encoder):
+    algorithm = toy_config("frozen", encoder).build_algo()
+    runner: LatentEnvRunner = algorithm.env_runner
+    weights = Weights(0, algorithm._module_state())
+
+    def first_frames(era):
+        return runner.sample_fragment(Request(0, era, weights)).rows
+
+    one = first_frames((0, 1))
+    assert not first_frames((0, 1)).is_first[0].any()  # the same era goes on
+    other, again = first_frames((0, 2)), first_frames((0, 1))
+    assert other.is_first[0].all()
+    assert (other.action != one.action).any()
+    np.testing.assert_array_equal(again.obs, one.obs)
+    np.testing.assert_array_equal(again.action, one.action)
+    algorithm.stop()
+
+
+def test_apex_gives_each_environment_its_own_rate():
+    settings = DQNSettings(exploration="apex", warmup_agent_steps=100)
+    assert settings.apex_epsilon(50, 3, 8) == 1.0
+    rates = [settings.apex_epsilon(100, e, 8) for e in range(8)]
+    assert rates[0] == pytest.approx(0.4)
+    assert rates[-1] == pytest.approx(0.4**8)
+    assert rates == sorted(rates, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 64, "replay_capacity": 32}, "less than one batch of 64"),
+        ({"n_step": 9}, "longer than a fragment of 8"),
+        ({"exploration": "sometimes"}, "choose one of schedule, apex"),
+        ({"precision": "fp8"}, "choose one of float32, bf16, auto"),
+        ({"max_lead_fragments": 0}, "must be above 0"),
+        ({"replay_capacity": 10**12}, "GiB when full; this machine has"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_anything_starts(encoder, changes, message):
+    with pytest.raises(UserError, match=message):
+        toy_config("frozen", encoder, **changes).validate()
+
+
+def test_learners_are_refused_where_there_is_no_room_for_them(encoder):
+    with pytest.raises(UserError, match=r"num_learners is 16, more than the 4 CPUs"):
+        toy_config("frozen", encoder, batch_size=16).learners(num_learners=16).validate()
+    with pytest.raises(UserError, match="3 learners cannot share"):
+        toy_config("frozen", encoder, batch_size=16).learners(num_learners=3).validate()
