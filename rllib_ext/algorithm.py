@@ -16,7 +16,7 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import ray
@@ -51,6 +51,7 @@ _RETURN_WINDOW_EPISODES = 20
 _MAX_DRAW_BYTES = 64 * 2**20
 _WAIT_S = 0.5
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -60,8 +61,8 @@ class LatentDQN(Algorithm):
     `train()["latentrl"]` holds `agent_steps`, `updates`, `agent_steps_per_s`, `updates_per_s`, `epsilon`, `episodes`,
     `episode_return_mean` (raw, last 20 games, NaN before the first), `td_loss`, `q_mean`, `update_s`, `replay_ratio`
     (updates per agent step since the warm-up), `staleness_updates` (how many updates behind the weights were that the
-    newest fragments were played with), `runner_idle_share` and `learner_idle_share` (of the time, waiting for the
-    limiter or for fragments), `cut_episodes`, `lost_runners`, and seconds of the step by part.
+    newest fragments were played with), `runner_idle_share` (of a runner's time, waiting for the limiter) and
+    `learner_idle_share` (of the driver's time, waiting for fragments), `cut_episodes`, `lost_runners`, and seconds of the step by part.
     """
 
     @classmethod
@@ -107,17 +108,17 @@ class LatentDQN(Algorithm):
         """See the module."""
         self._seconds: dict[str, float] = defaultdict(float)
         self._staleness: list[int] = []
-        started, idle_before = time.perf_counter(), self.workers.idle_s
+        started = time.perf_counter()
         steps_before, updates_before = self.agent_steps, self.updates
         learner_figures = self._take_turns() if self.settings.synchronous else self._overlap()
         seconds = time.perf_counter() - started
         figures = {**self.figures(), **learner_figures, **self._seconds, "step_s": seconds}
         figures["agent_steps_per_s"] = (self.agent_steps - steps_before) / seconds
         figures["updates_per_s"] = (self.updates - updates_before) / seconds
-        figures["runner_idle_share"] = (self.workers.idle_s - idle_before) / (seconds * self.workers.num_runners)
         figures["learner_idle_share"] = self._seconds["wait_s"] / seconds
         if self._staleness:
             figures["staleness_updates"] = float(np.mean(self._staleness))
+            figures["runner_idle_share"] = self._seconds["idle_s"] / (self._seconds["idle_s"] + self._seconds["busy_s"])
         for name, value in figures.items():
             self.metrics.log_value((RESULTS_KEY, name), value, reduce="item")
 
@@ -135,7 +136,7 @@ class LatentDQN(Algorithm):
         while not figures:
             self._ask()
             is_due = self._due() > 0
-            fragments = self._timed("wait_s", lambda wait_s=0.0 if is_due else _WAIT_S: self.workers.take(wait_s))
+            fragments = self._timed("wait_s", self.workers.take, 0.0 if is_due else _WAIT_S)
             self._store(fragments)
             self._ask()
             figures = self._learn(min(self._due(), self.settings.max_updates_per_step))
@@ -165,9 +166,9 @@ class LatentDQN(Algorithm):
         """RLlib's hook before each training step: lost runners are back in service as soon as they answer."""
         return self.workers.revive()
 
-    def _timed(self, name: str, part: Callable[[], T]) -> T:
+    def _timed(self, name: str, part: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         started = time.perf_counter()
-        result = part()
+        result = part(*args, **kwargs)
         self._seconds[name] += time.perf_counter() - started
         return result
 
@@ -202,9 +203,9 @@ class LatentDQN(Algorithm):
         figures: dict[str, float] = {}
         while num_updates > 0:
             portion = min(num_updates, self._updates_per_draw())
-            drawn = self._timed("draw_s", lambda n=portion: self._draw(n))
-            reports = self._timed("update_total_s", lambda d=drawn: self._update(d))
-            self._timed("priorities_s", lambda r=reports: self._prioritise(r))
+            drawn = self._timed("draw_s", self._draw, portion)
+            reports = self._timed("update_total_s", self._update, drawn)
+            self._timed("priorities_s", self._prioritise, reports)
             figures = reports[0].figures
             self.updates += portion
             num_updates -= portion

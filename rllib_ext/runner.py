@@ -8,6 +8,7 @@ Shapes: E environments, T vector steps of a fragment, K stacked observations, H 
 from __future__ import annotations
 
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
@@ -41,7 +42,8 @@ class Fragment(NamedTuple):
     `rows` (T, E, ...); `worker_index` 0 in the driver, else 1...; `agent_steps` decisions taken (rows that are not the
     last of an episode); `episode_returns` raw, and `episode_lengths` in agent steps, of the games that ended;
     `weights_updates` updates that the weights acted with had seen; `actor` Ray's id of the worker, empty in-process;
-    `seconds` spent in "environment", "observation" (encoding and stacking) and "action".
+    `seconds` spent in "environment", "observation" (encoding and stacking), "action", "busy" (the request in all) and
+    "idle" (before it, since the last one).
     """
 
     rows: Rows
@@ -91,6 +93,7 @@ class LatentEnvRunner(EnvRunner, Checkpointable):
         self.make_module()
         self._weights_seq_no = 0
         self._weights_updates = -1
+        self._answered_at: float | None = None
         self._obs: _Observation | None = None
         self._era: tuple[int, ...] = ()
         self._actor = ray.get_runtime_context().get_actor_id() or "" if self.worker_index else ""
@@ -117,8 +120,22 @@ class LatentEnvRunner(EnvRunner, Checkpointable):
         self._exploration = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
         self._era, self._obs = era, None
 
-    def sample_fragment(self, request: Request) -> Fragment:
-        """Answers a request of the algorithm: takes newer weights over, enters its era, takes a fragment's steps."""
+    def sample_fragment(self, request: Request) -> Fragment | Exception:
+        """Answers a request of the algorithm: takes newer weights over, enters its era, takes a fragment's steps.
+
+        What the environment or the module raises is the answer: RLlib would restart a runner that raises, for ever.
+        """
+        started = time.perf_counter()
+        try:
+            fragment = self._answer(request)
+        except Exception as error:
+            error.add_note(traceback.format_exc())
+            return error
+        idle_s, self._answered_at = started - (self._answered_at or started), time.perf_counter()
+        fragment.seconds.update(idle=idle_s, busy=self._answered_at - started)
+        return fragment
+
+    def _answer(self, request: Request) -> Fragment:
         self._enter(request.era)
         if request.weights.updates != self._weights_updates:
             self.module.set_state(request.weights.load())

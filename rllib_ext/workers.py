@@ -54,7 +54,6 @@ class RolloutWorkers:
 
     Attributes:
         deaths: How often each runner, by index, has been lost.
-        idle_s: Seconds that remote runners have spent with nothing to do, summed over runners.
     """
 
     def __init__(self, group: EnvRunnerGroup, settings: DQNSettings, num_runners: int) -> None:
@@ -66,10 +65,8 @@ class RolloutWorkers:
         self._max_each = max(1, round(settings.max_lead_fragments))
         self._under_way: Counter[int] = Counter()
         self._fragments_here: list[Any] = []
-        self._idle_since = dict.fromkeys(self._ids, time.monotonic())
         self._probed_at = self._all_lost_at = 0.0
         self.deaths: Counter[int] = Counter()
-        self.idle_s = 0.0
 
     @property
     def num_runners(self) -> int:
@@ -154,10 +151,8 @@ class RolloutWorkers:
         self._under_way[runner] += 1
         own = request._replace(era=(*request.era, self.deaths[runner]))
         if self._local is not None:
-            self._fragments_here.append(self._local.sample_fragment(own))
+            self._fragments_here.append(_fragment(self._local.sample_fragment(own)))
             return
-        if self._under_way[runner] == 1:
-            self.idle_s += time.monotonic() - self._idle_since[runner]
         self._group.foreach_env_runner_async(
             "sample_fragment", tag="sample", kwargs={"request": own}, remote_worker_ids=[runner]
         )
@@ -165,22 +160,21 @@ class RolloutWorkers:
     def _received(self) -> list[Any]:
         fragments = []
         for runner, result in compat.ready_requests(self._group, "sample"):
-            if isinstance(result, ray.exceptions.RayTaskError):
-                raise result.as_instanceof_cause()
-            if isinstance(result, Exception):
+            if isinstance(result, ray.exceptions.RayError):
                 self._lost(runner, result)
-                continue
-            self._done(runner, self._under_way[runner] - 1)
-            fragments.append(result)
+            else:
+                self._under_way[runner] -= 1
+                fragments.append(_fragment(result))
         return fragments
 
     def _lost(self, runner: int, error: Exception) -> None:
         if self._under_way[runner]:  # the first of its requests to fail; the others went with it
             self.deaths[runner] += 1
             logger.warning("rollout worker %d is lost (%s); it is being replaced", runner, type(error).__name__)
-        self._done(runner, 0)
+        self._under_way[runner] = 0
 
-    def _done(self, runner: int, under_way: int) -> None:
-        self._under_way[runner] = under_way
-        if not under_way:
-            self._idle_since[runner] = time.monotonic()
+
+def _fragment(answer: Any) -> Any:
+    if isinstance(answer, Exception):
+        raise answer
+    return answer

@@ -25,7 +25,7 @@ from rllib_ext.workers import Request, Weights
 def _ray_session():
     torch.set_num_threads(1)
     ray.cloudpickle.register_pickle_by_value(catch)  # workers do not see this folder
-    ray.init(num_cpus=4, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
+    ray.init(num_cpus=8, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
     ray.cloudpickle.unregister_pickle_by_value(catch)
@@ -73,11 +73,11 @@ def test_synchronous_runs_repeat_and_a_resumed_one_equals_an_uninterrupted_one(
     config = toy_config("frozen", encoder, synchronous=True, priority_alpha=priority_alpha)
     config = config.env_runners(num_env_runners=num_runners)
     whole = build(config.copy())
-    train(whole, 300)
+    train(whole, 220)  # in the midst of every game, which takes 12 rows
     path = whole.save_to_path(tmp_path / "checkpoint")
     train(whole, 600)
     again = build(config.copy())
-    train(again, 300)
+    train(again, 220)
     again.save_to_path(tmp_path / "another")
     train(again, 600)
     assert_same(whole, again)
@@ -116,9 +116,9 @@ def test_a_slow_learner_makes_the_workers_wait(build, encoder, monkeypatch):
         return update(drawn)
 
     monkeypatch.setattr(algorithm, "_update", slowly)
-    figures = [algorithm.train()[RESULTS_KEY] for _ in range(12)]
-    assert np.mean([step["runner_idle_share"] for step in figures[4:]]) > 0.5
-    assert np.mean([step["learner_idle_share"] for step in figures[4:]]) < 0.2
+    figures = [algorithm.train()[RESULTS_KEY] for _ in range(12)][4:]
+    assert np.mean([step["runner_idle_share"] for step in figures if "runner_idle_share" in step]) > 0.5
+    assert np.mean([step["learner_idle_share"] for step in figures]) < 0.2
 
 
 def test_a_killed_worker_is_replaced_and_nothing_that_had_arrived_is_lost(build, encoder):
@@ -222,7 +222,7 @@ def test_settings_that_cannot_work_are_refused_before_anything_starts(encoder, c
 
 
 def test_learners_are_refused_where_there_is_no_room_for_them(encoder):
-    with pytest.raises(UserError, match=r"num_learners is 16, more than the 4 CPUs"):
+    with pytest.raises(UserError, match=r"num_learners is 16, more than the 8 CPUs"):
         toy_config("frozen", encoder, batch_size=16).learners(num_learners=16).validate()
     with pytest.raises(UserError, match="3 learners cannot share"):
         toy_config("frozen", encoder, batch_size=16).learners(num_learners=3).validate()
