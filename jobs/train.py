@@ -257,7 +257,7 @@ class _Session:
     def __init__(self, opened: Run, plan: Training, preprocess: Preprocess, resolved: Resolved | None) -> None:
         self._run, self._plan, self._preprocess, self._resolved = opened, plan, preprocess, resolved
         self._folder = opened.folder
-        self._recorded_at = time.monotonic()
+        self._started_at = self._recorded_at = time.monotonic()
 
     def run(self, config: LatentDQNConfig, name: str, *, is_resumed: bool) -> dict[str, Any]:
         """Trains to the end and returns the result."""
@@ -281,7 +281,7 @@ class _Session:
 
     def _train(self, algorithm: LatentDQN) -> float:
         """Trains to the end; agent steps per second over this sitting."""
-        started, first = time.monotonic(), algorithm.agent_steps
+        self._started_at, first = time.monotonic(), algorithm.agent_steps
         with progress(self._plan.agent_steps, f"train {self._plan.game} ({self._plan.mode})", "agent steps") as bar:
             bar.advance(first)
             while algorithm.agent_steps < self._plan.agent_steps:
@@ -294,7 +294,7 @@ class _Session:
                 every = self._plan.train.checkpoint_agent_steps
                 if steps_before // every < algorithm.agent_steps // every and not is_end:
                     self._save(algorithm)
-        return (algorithm.agent_steps - first) / max(time.monotonic() - started, 1e-9)
+        return (algorithm.agent_steps - first) / max(time.monotonic() - self._started_at, 1e-9)
 
     def _record(self, algorithm: LatentDQN, figures: Mapping[str, float], *, is_due: bool) -> None:
         """Writes figures every few seconds, and every game that has ended by then on a line of its own."""
@@ -303,7 +303,7 @@ class _Session:
         self._recorded_at = time.monotonic()
         lines = [(step, {"episode_return": value}) for step, value in algorithm.take_finished_games()]
         finite = {name: value for name, value in figures.items() if math.isfinite(value)}
-        lines.append((int(figures["agent_steps"]), finite))
+        lines.append((int(figures["agent_steps"]), {**finite, "seconds": time.monotonic() - self._started_at}))
         with (self._folder / METRICS_FILE).open("a") as stream:
             for step, values in lines:
                 stream.write(json.dumps({"step": step, **values}) + "\n")

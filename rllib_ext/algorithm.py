@@ -62,7 +62,8 @@ class LatentDQN(Algorithm):
     `episode_return_mean` (raw, last 20 games, NaN before the first), `td_loss`, `q_mean`, `update_s`, `replay_ratio`
     (updates per agent step since the warm-up), `staleness_updates` (how many updates behind the weights were that the
     newest fragments were played with), `runner_idle_share` (of a runner's time, waiting for the limiter) and
-    `learner_idle_share` (of the driver's time, waiting for fragments), `cut_episodes`, `lost_runners`, and seconds of the step by part.
+    `learner_idle_share` (of the driver's time, waiting for fragments), `cut_episodes`, `lost_runners`, and seconds of
+    the step by part.
     """
 
     @classmethod

@@ -85,11 +85,14 @@ class LatentDQNLearner(TorchLearner):
         self.q_module.make_target_networks()
 
     def configure_optimizers_for_module(self, module_id: str, config: Any = None) -> None:
-        """One named Adam per learning rate: "head", and "encoder" where the module holds one."""
-        network = self.module[module_id].unwrapped().network
-        self._register_adam(module_id, HEAD, network.head, self.settings.lr)
+        """One named Adam per part: "head", and "encoder" where the module holds one."""
+        network, settings = self.module[module_id].unwrapped().network, self.settings
+        self._register_adam(module_id, HEAD, network.head, settings.lr)
         if network.encoder is not None:
-            self._register_adam(module_id, ENCODER, network.encoder, self.settings.encoder_lr)
+            is_pretrained = self.config.mode == "finetune"
+            self._register_adam(
+                module_id, ENCODER, network.encoder, settings.encoder_lr if is_pretrained else settings.lr
+            )
 
     def _register_adam(self, module_id: str, name: str, part: nn.Module, lr: float) -> None:
         params = [param for param in part.parameters() if param.requires_grad]

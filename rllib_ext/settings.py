@@ -55,8 +55,8 @@ class DQNSettings:
     """Everything that decides a run of Q-learning besides the network, the game and the mode.
 
     Attributes:
-        lr: Adam's rate for the Q network.
-        encoder_lr: Adam's rate for the encoder, in the modes that train it.
+        lr: Adam's rate for the Q network, and for an encoder that starts from scratch.
+        encoder_lr: Adam's rate for a pretrained encoder that is finetuned.
         adam_epsilon: Adam's epsilon, for both.
         batch_size: Transitions per update.
         gamma: Discount per agent step.

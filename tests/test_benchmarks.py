@@ -101,8 +101,8 @@ def test_the_figures_of_known_rows() -> None:
 
 
 def test_what_was_kept_counts_only_for_the_same_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Cell] = []
-    monkeypatch.setattr(running, "run_apart", lambda cell: calls.append(cell) or {"agent_steps_per_s": len(calls)})
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(running, "run_apart", lambda *cell: calls.append(cell) or {"agent_steps_per_s": len(calls)})
     cell = Cell("sb3", {"num_envs": 4}, 1.0, 0.0, turn=0)
     first = running.Bench(tmp_path, is_fresh=False).figures(cell)
     assert running.Bench(tmp_path, is_fresh=False).figures(cell) == first

@@ -56,7 +56,7 @@ class Bench:
         if path.is_file() and not self._is_fresh:
             kept: dict[str, Any] = json.loads(path.read_text())["figures"]
             return kept
-        figures = run_apart(cell)
+        figures = run_apart("peers.rows", [cell.to_json()], LIMIT_S)
         draft = path.with_suffix(".tmp")
         draft.write_text(json.dumps({"cell": json.loads(cell.to_json()), "figures": figures}, indent=1) + "\n")
         draft.replace(path)
@@ -72,12 +72,16 @@ def _files() -> Iterable[Path]:
     return (path for name in SOURCES for path in (ROOT / name).rglob("*.py"))
 
 
-def run_apart(cell: Cell) -> dict[str, Any]:
-    """Measures a cell in a new process and ends all that it started."""
+def run_apart(module: str, arguments: list[str], limit_s: float) -> dict[str, Any]:
+    """Runs one of the benchmarks' modules in a new process, ends all that it started, and reads its last JSON line.
+
+    Raises:
+        CellFailed: It gave none, or took longer than `limit_s` seconds.
+    """
     places = [str(ROOT / "benchmarks"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))}
     process = subprocess.Popen(
-        [sys.executable, "-m", "peers.rows", cell.to_json()],
+        [sys.executable, "-m", module, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -85,15 +89,15 @@ def run_apart(cell: Cell) -> dict[str, Any]:
         start_new_session=True,
     )
     try:
-        out, err = process.communicate(timeout=LIMIT_S)
+        out, err = process.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:
-        raise CellFailed(f"{cell.to_json()} took more than {LIMIT_S:.0f} s") from None
+        raise CellFailed(f"{arguments[0]} took more than {limit_s:.0f} s") from None
     finally:
         _end(process)
     lines = [line for line in out.splitlines() if line.startswith("{")]
     if process.returncode or not lines:
         tail = "\n".join(err.strip().splitlines()[-12:])
-        raise CellFailed(f"{cell.to_json()} ended with exit code {process.returncode}:\n{tail}")
+        raise CellFailed(f"{arguments[0]} ended with exit code {process.returncode}:\n{tail}")
     figures: dict[str, Any] = json.loads(lines[-1])
     return figures
 

@@ -1,0 +1,100 @@
+"""Tasks and arms by name: what each differs in from the recipe, and how many agent steps it takes.
+
+Settings that an arm does not name are the shipped recipe's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+PLAIN = {"double": False, "n_step": 1, "priority_alpha": 0.0}  # what Stable-Baselines3's DQN does
+PLAIN_Q = {"dueling": False, "num_atoms": 1}
+RALLY = {"warmup_agent_steps": 1_000, "epsilon_decay_agent_steps": 8_000, "lr": 3e-4, "target_update_updates": 250}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to learn a task.
+
+    Attributes:
+        what: In words.
+        mode: "frozen", "finetune", "pixels", or "sb3".
+        train: Changes to the recipe's Q-learning.
+        q: Changes to its Q network.
+        num_workers: Remote rollout workers.
+        recipe: Which recipe it starts from.
+    """
+
+    what: str
+    mode: str
+    train: dict[str, Any] = field(default_factory=dict)
+    q: dict[str, Any] = field(default_factory=dict)
+    num_workers: int = 1
+    recipe: str = "dqn"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A game with the arms that learn it.
+
+    Attributes:
+        agent_steps: Decisions of a run.
+        seeds: How many runs of an arm, unless it names fewer.
+        arms: By name.
+    """
+
+    agent_steps: int
+    seeds: int
+    arms: dict[str, Arm]
+
+
+def _frozen(what: str, train: dict[str, Any] | None = None, q: dict[str, Any] | None = None) -> Arm:
+    return Arm(what, "frozen", train or {}, q or {})
+
+
+TASKS = {
+    "rally": Task(
+        30_000,
+        3,
+        {
+            "sb3": Arm("Stable-Baselines3 DQN, pixels", "sb3", {**RALLY, **PLAIN}, PLAIN_Q),
+            "pixels": Arm("latentrl, pixels, same settings", "pixels", {**RALLY, **PLAIN}, PLAIN_Q),
+            "pixels-sync": Arm("... synchronous", "pixels", {**RALLY, **PLAIN, "synchronous": True}, PLAIN_Q),
+            "pixels-4-workers": Arm(
+                "... 4 workers of 4 environments", "pixels", {**RALLY, **PLAIN, "envs_per_runner": 4}, PLAIN_Q, 4
+            ),
+        },
+    ),
+    "pong-pixels": Task(
+        100_000,
+        1,
+        {
+            "sb3": Arm("Stable-Baselines3 DQN, pixels", "sb3", PLAIN, PLAIN_Q),
+            "pixels": Arm("latentrl, pixels, same settings", "pixels", PLAIN, PLAIN_Q),
+        },
+    ),
+    "pong": Task(100_000, 3, {"frozen": _frozen("latentrl, frozen, the recipe that the speed is measured with")}),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: everything that decides it."""
+
+    task: str
+    arm: str
+    seed: int
+    agent_steps: int
+    settings: dict[str, Any]
+
+    @classmethod
+    def of(cls, task: str, arm: str, seed: int) -> Cell:
+        """Of the tables above."""
+        return cls(task, arm, seed, TASKS[task].agent_steps, dataclasses.asdict(TASKS[task].arms[arm]))
+
+    def to_json(self) -> str:
+        """One line, whose digest names the cell's file."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)

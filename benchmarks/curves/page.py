@@ -1,0 +1,118 @@
+"""Kept runs as a summary, plots and a page."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from curves.arms import TASKS, Arm, Cell
+from curves.keep import Kept
+from pipeline.bootstrap import bootstrap_interval
+
+LAST_GAMES = {"rally": 60, "pong": 10, "pong-pixels": 10}
+_SMOOTHED = {"rally": 40, "pong": 10, "pong-pixels": 10}
+
+Runs = dict[str, dict[str, dict[int, dict[str, Any]]]]  # task, arm, seed
+
+
+def gather(kept: Kept) -> Runs:
+    """Every run that the tables name and that has been made."""
+    runs: Runs = defaultdict(lambda: defaultdict(dict))
+    for task_name, task in TASKS.items():
+        for arm in task.arms:
+            for seed in range(task.seeds):
+                if (result := kept.find(Cell.of(task_name, arm, seed))) is not None:
+                    runs[task_name][arm][seed] = result
+    return runs
+
+
+def summary(runs: Runs) -> dict[str, dict[str, dict[str, Any]]]:
+    """By task and arm: mean return of the last training games and of greedy games, over seeds; minutes; steps/s."""
+    return {task: {arm: _summarise(task, by_seed) for arm, by_seed in arms.items()} for task, arms in runs.items()}
+
+
+def _summarise(task: str, by_seed: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    results = list(by_seed.values())
+    last = [float(np.mean([game[1] for game in run["games"][-LAST_GAMES[task] :]])) for run in results]
+    seconds = float(np.median([run["seconds"] for run in results]))
+    figures = {"seeds": len(results), "last_games": _mean(last), "minutes": round(seconds / 60, 1)}
+    figures["agent_steps_per_s"] = round(TASKS[task].agent_steps / seconds)
+    if "greedy" in results[0]:
+        greedy = [float(np.mean(run["greedy"])) for run in results]
+        figures |= {"greedy": _mean(greedy), "games_a_seed": len(results[0]["greedy"])}
+    return figures
+
+
+def _mean(by_seed: list[float]) -> dict[str, Any]:
+    """Mean over seeds; its 95% bootstrap interval where there are several."""
+    interval = [round(value, 2) for value in bootstrap_interval(np.array(by_seed))] if len(by_seed) > 1 else None
+    return {"mean": round(float(np.mean(by_seed)), 2), "interval": interval, "by_seed": [round(v, 2) for v in by_seed]}
+
+
+def write(folder: Path, runs: Runs) -> None:
+    """learning.md, learning.json and a plot for each task."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = summary(runs)
+    (folder / "learning.json").write_text(json.dumps(figures, indent=1) + "\n")
+    for task, arms in runs.items():
+        _plot(folder / f"learning-{task}.png", task, arms)
+    tables = "\n".join(_table(task, arms) for task, arms in figures.items())
+    (folder / "learning-tables.md").write_text(_HEAD + tables)
+
+
+def _table(task: str, arms: dict[str, dict[str, Any]]) -> str:
+    lines = [f"\n## {task}: {TASKS[task].agent_steps:,} agent steps\n"]
+    lines += ["| arm | | last training games | greedy games | seeds | minutes |", "|---|---|---|---|---|---|"]
+    for name, row in arms.items():
+        arm: Arm = TASKS[task].arms[name]
+        greedy = _shown(row["greedy"]) if "greedy" in row else ""
+        cells = (f"`{name}`", arm.what, _shown(row["last_games"]), greedy, str(row["seeds"]), str(row["minutes"]))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"![curves](learning-{task}.png)", ""])
+
+
+def _shown(figure: dict[str, Any]) -> str:
+    interval = figure["interval"]
+    return f"{figure['mean']:.1f}" + (f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else "")
+
+
+def _plot(path: Path, task: str, arms: dict[str, dict[int, dict[str, Any]]]) -> None:
+    """Returns by agent steps, and beside it by seconds of training: one thin line a seed, one colour an arm."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (by_steps, by_seconds) = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
+    for number, (name, by_seed) in enumerate(arms.items()):
+        for place, run in enumerate(by_seed.values()):
+            steps, returns, seconds = np.array(run["games"]).T
+            smooth = _running_mean(returns, _SMOOTHED[task])
+            for axes, x in ((by_steps, steps), (by_seconds, seconds)):
+                label = name if place == 0 else None
+                axes.plot(x[-len(smooth) :], smooth, color=f"C{number}", linewidth=1, alpha=0.8, label=label)
+    by_steps.set_xlabel("agent steps")
+    by_seconds.set_xlabel("seconds of training")
+    by_steps.set_ylabel(f"return, mean of {_SMOOTHED[task]} games")
+    by_steps.legend(frameon=False, fontsize=8)
+    for axes in (by_steps, by_seconds):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    window = min(window, len(values))
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    return (sums[window:] - sums[:-window]) / window
+
+
+_HEAD = """# Learning: tables
+
+Made by `python benchmarks/learning.py --write docs/results` of the runs in [learning/](learning/). Means over seeds
+with 95% bootstrap intervals over seeds; training games are played with epsilon 0.02 at the end.
+"""
