@@ -2,10 +2,11 @@
 
 A replay of latents is filled to its capacity of 1,000,000 rows and one of 10,000 beside it. Then every turn does what
 a frozen run does for an update: a fragment is added (overwriting the oldest), 256 transitions are drawn by priority, a
-plain double-DQN update is made on them, and its TD errors become priorities. Every part is timed in every turn, so that
-all of them see the same machine, and the replay the caches as an update leaves them. Growth is measured apart, draws
-from the large and the small replay in turn and nothing between them: after an update all draws are slow alike, which
-would hide it. Medians over the turns, in seconds that the one thread was running: what else the machine does stays out.
+plain double-DQN update of the shipped Q network is made on them, and its TD errors become priorities. Every part is
+timed in every turn, so that all of them see the same machine, and the replay the caches as an update leaves them.
+Growth is measured apart, draws from the large and the small replay in turn and nothing between them: after an update
+all draws are slow alike, which would hide it. Medians over the turns, in seconds that the one thread was running: what
+else the machine does stays out.
 
     python benchmarks/replay.py
 """
@@ -25,6 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from jobs.recipes import train_recipe
+from rllib_ext.networks import QHead
 from rllib_ext.replay import ColumnarReplay, ReplaySpec, Rows, Transitions, required_bytes
 
 Z_DIM, STACK, NUM_ACTIONS, BATCH_SIZE = 392, 4, 6, 256
@@ -126,19 +129,15 @@ def _turns(large: ColumnarReplay, small: ColumnarReplay) -> dict[str, list[float
     return {name: values[SETTLING_TURNS:] for name, values in timed.seconds.items()}
 
 
-def _network() -> nn.Module:
-    return nn.Sequential(nn.Linear(STACK * Z_DIM, 512), nn.LayerNorm(512), nn.ReLU(), nn.Linear(512, NUM_ACTIONS))
-
-
 def _frozen_update() -> Callable[[Transitions], np.ndarray]:
     """Double Q-learning on latents in plain PyTorch; gives the TD errors."""
-    online = _network()
+    online = QHead(STACK, Z_DIM, NUM_ACTIONS, train_recipe("dqn").q)
     target = copy.deepcopy(online).requires_grad_(False)
     optimizer = torch.optim.Adam(online.parameters(), lr=1e-4, fused=True)
 
     def update(drawn: Transitions) -> np.ndarray:
         obs, action, returns, next_obs, discount, _, weights = map(torch.from_numpy, drawn)
-        obs, next_obs = obs.float().flatten(1), next_obs.float().flatten(1)
+        obs, next_obs = obs.float(), next_obs.float()
         wanted = _targets(online, target, returns, discount, next_obs)
         value = online(obs).gather(1, action[:, None]).squeeze(1)
         loss = (weights * functional.smooth_l1_loss(value, wanted, reduction="none")).mean()

@@ -33,7 +33,20 @@ REPLAY_KEYS = (
     *("replay_share_of_update", "replay_growth_cost"),
 )
 # Key: required, target.
-BARS = {"scaling_16_workers": (11.0, 14.0)}
+BARS = {
+    "frozen_over_rllib": ("≥ 30", "≥ 50"),
+    "frozen_over_sb3": ("≥ 7", "≥ 12"),
+    "frozen_over_yardstick": ("≥ 0.9", "≥ 1.5"),
+    "pixels_over_rllib": ("≥ 4", "≥ 8"),
+    "pixels_over_sb3": ("≥ 0.9", "≥ 1.1"),
+    "pixels_best_over_sb3": ("≥ 1.3", "≥ 2"),
+    "replay_bytes_per_step_pixels": ("≤ 7,300", ""),
+    "replay_bytes_per_step_latent": ("≤ 2 z_dim + 64", ""),
+    "replay_share_of_update": ("≤ 0.25", "≤ 0.1"),
+    "replay_growth_cost": ("≤ 1.6", "≤ 1.2"),
+    "scaling_16_workers": ("≥ 11", "≥ 14"),
+    "replay_ratio_error": ("≤ 0.01", ""),
+}
 _FIGURES = ("updates_per_agent_step", "cpu_s_per_agent_step", "resident_mb", "time_to_first_update_s")
 
 
@@ -129,8 +142,8 @@ def table(result: Mapping[str, Any], rows: Mapping[str, Row]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| figure | measured | required | target |", "|---|---|---|---|"]
     for key in KEYS:
-        required, target = BARS.get(key, (None, None))
-        lines.append(f"| `{key}` | {_shown(result[key])} | {_shown(required)} | {_shown(target)} |")
+        required, target = BARS.get(key, ("", ""))
+        lines.append(f"| `{key}` | {_shown(result[key])} | {required} | {target} |")
     return "\n".join(lines)
 
 
