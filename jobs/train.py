@@ -302,7 +302,7 @@ class _Session:
             return
         self._recorded_at = time.monotonic()
         lines = [(step, {"episode_return": value}) for step, value in algorithm.take_finished_games()]
-        finite = {name: value for name, value in figures.items() if math.isfinite(value)}
+        finite = {name: value for name, value in figures.items() if value is not None and math.isfinite(value)}
         lines.append((int(figures["agent_steps"]), {**finite, "seconds": time.monotonic() - self._started_at}))
         with (self._folder / METRICS_FILE).open("a") as stream:
             for step, values in lines:

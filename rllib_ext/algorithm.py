@@ -63,7 +63,7 @@ class LatentDQN(Algorithm):
     (updates per agent step since the warm-up), `staleness_updates` (how many updates behind the weights were that the
     newest fragments were played with), `runner_idle_share` (of a runner's time, waiting for the limiter) and
     `learner_idle_share` (of the driver's time, waiting for fragments), `cut_episodes`, `lost_runners`, and seconds of
-    the step by part.
+    the step by part. What a step has nothing of (no fragment came, no update was due) is None there, or absent.
     """
 
     @classmethod
