@@ -75,9 +75,9 @@ def test_an_unknown_row_names_those_there_are(capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.parametrize("mode", ["latents", "pixels"])
 def test_the_hand_written_loops_hold_the_ratio(mode: str) -> None:
-    loop = hand_loops.hand(mode, warmup=40, num_envs=8)
-    counts = [next(loop) for _ in range(6)]
-    assert counts[4:] == [Counts(40, 0), Counts(48, 2)]
+    loop = hand_loops.hand(mode, warmup=80, num_envs=8)
+    counts = [next(loop) for _ in range(11)]
+    assert counts[9:] == [Counts(80, 0), Counts(88, 2)]
 
 
 def test_the_measured_window_starts_after_the_first_update(monkeypatch: pytest.MonkeyPatch) -> None:
