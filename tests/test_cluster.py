@@ -43,7 +43,7 @@ def test_two_addresses_and_nothing_else_changes(cluster: Cluster, server: Mlflow
         num_env_runners=3,
         agent_steps=600,
         encoder=replace(TOY.encoder, train=replace(TOY.encoder.train, num_workers=2)),
-        agent=replace(TOY.agent, train=replace(TOY.agent.train, warmup_agent_steps=256)),
+        agent=replace(TOY.agent, train=replace(TOY.agent.train, warmup_agent_steps=256, synchronous=True)),
     )
     beside = Workspace.at(str(tmp_path / "local"))  # without an address: a Ray of its own, whatever runs here
     assert collect.run(beside, game="pong", frames=60, out=str(tmp_path / "few"), num_workers=1)["frames"] == 60
