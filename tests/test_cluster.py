@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import ray
 from mlflow import MlflowClient
 from ray.cluster_utils import Cluster
 from registry_toys import MlflowServer
@@ -20,6 +21,9 @@ from pipeline.registry import resolve
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
+    """Two nodes that ask for Ray's token, as a local session makes every process do that starts one."""
+    ray.init(num_cpus=1, include_dashboard=False)
+    ray.shutdown()
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 200 << 20})
     nodes.add_node(num_cpus=2, object_store_memory=200 << 20)
     nodes.wait_for_nodes()
