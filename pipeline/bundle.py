@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import io
 import os
@@ -29,7 +30,7 @@ def writing(path: Path) -> Iterator[Path]:
         raise UserError(f"{path} exists already; name another folder or remove it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        draft = Path(tempfile.mkdtemp(prefix=_draft_prefix(path), dir=path.parent))
     except OSError as error:
         raise UserError(f"cannot write the bundle {path} ({error.strerror}); choose another folder") from None
     try:
@@ -39,6 +40,16 @@ def writing(path: Path) -> Iterator[Path]:
         os.replace(draft, path)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def discard_drafts(path: Path) -> None:
+    """Removes what killed writers of `path` left unsealed; only for a path that no other process writes."""
+    for draft in path.parent.glob(f"{glob.escape(_draft_prefix(path))}*"):
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _draft_prefix(path: Path) -> str:
+    return f".{path.name}-"
 
 
 def sha256_of(path: Path) -> str:
@@ -92,7 +103,7 @@ def unpack(blob: bytes, directory: Path, expect_sha256: str) -> Path:
     Raises:
         UserError: The bytes are not the expected bundle; nothing is left behind then.
     """
-    draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=_made(directory.parent)))
+    draft = Path(tempfile.mkdtemp(prefix=_draft_prefix(directory), dir=_made(directory.parent)))
     try:
         with zipfile.ZipFile(io.BytesIO(blob)) as archive:
             for info in archive.infolist():

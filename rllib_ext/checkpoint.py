@@ -26,12 +26,11 @@ def write_checkpoint(path: Path, run_id: str, write: Callable[[Path], None]) -> 
         run_id: Marks whose it is.
         write: Fills the empty folder that it is given.
     """
-    fresh, old = path.with_name(f"{path.name}.new"), path.with_name(f"{path.name}.old")
-    shutil.rmtree(fresh, ignore_errors=True)
+    fresh, old = _beside(path)
+    _tidy(path)
     with bundle.writing(fresh) as draft:
         write(draft)
         (draft / _RUN).write_text(run_id)
-    shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         path.rename(old)
     fresh.rename(path)
@@ -40,8 +39,7 @@ def write_checkpoint(path: Path, run_id: str, write: Callable[[Path], None]) -> 
 
 def find_checkpoint(path: Path) -> Path | None:
     """The checkpoint at `path`, also where a run was killed between two renames; None if there is none."""
-    candidates = (path, path.with_name(f"{path.name}.new"), path.with_name(f"{path.name}.old"))
-    return next((folder for folder in candidates if (folder / bundle.SUMS_FILE).is_file()), None)
+    return next((folder for folder in (path, *_beside(path)) if (folder / bundle.SUMS_FILE).is_file()), None)
 
 
 def verify_checkpoint(path: Path, run_id: str) -> None:
@@ -56,3 +54,19 @@ def verify_checkpoint(path: Path, run_id: str) -> None:
         raise UserError(
             f"the checkpoint {path} was written by run {writer!r}, not by {run_id!r}; a run resumes only its own"
         )
+
+
+def _beside(path: Path) -> tuple[Path, Path]:
+    """Where the next checkpoint waits to replace the one at `path`, and where that one goes meanwhile."""
+    return path.with_name(f"{path.name}.new"), path.with_name(f"{path.name}.old")
+
+
+def _tidy(path: Path) -> None:
+    """Puts a checkpoint into place that a killed run left between two renames, and removes what else it left."""
+    found = find_checkpoint(path)
+    if found is not None and not path.exists():
+        found.rename(path)
+    fresh, old = _beside(path)
+    bundle.discard_drafts(fresh)
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from pipeline.errors import UserError
 from rllib_ext.checkpoint import find_checkpoint, verify_checkpoint, write_checkpoint
 from rllib_ext.state_files import load_state, save_state
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_nested_states_come_back_exactly(tmp_path):
@@ -54,13 +61,55 @@ def test_a_checkpoint_is_replaced_as_a_whole(tmp_path):
     assert (path / "content").read_text() == "two"
 
 
-@pytest.mark.parametrize("left_behind", ["checkpoint.new", "checkpoint.old"])
-def test_a_run_killed_between_the_renames_still_has_its_checkpoint(tmp_path, left_behind):
-    write_checkpoint(tmp_path / "checkpoint", "run", fill("one"))
-    (tmp_path / "checkpoint").rename(tmp_path / left_behind)
-    found = find_checkpoint(tmp_path / "checkpoint")
-    assert found is not None
-    verify_checkpoint(found, "run")
+KILLED_WRITER = """
+import os, signal, sys
+from pathlib import Path
+from rllib_ext.checkpoint import write_checkpoint
+
+def dying(moment, call):
+    def wrapped(*arguments):
+        if moments.pop(0) == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*arguments)
+    return wrapped
+
+path, text, moment = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+moments = list(range(9))
+os.replace, Path.rename = dying(moment, os.replace), dying(moment, Path.rename)
+write_checkpoint(path, "run", dying(moment, lambda folder: (folder / "content").write_text(text)))
+"""
+
+
+def write_and_be_killed(path: Path, text: str, moment: int) -> None:
+    """SIGKILL in front of one of the steps: the writing itself, the sealed draft's renaming, two more renamings."""
+    done = subprocess.run([sys.executable, "-c", KILLED_WRITER, str(path), text, str(moment)], cwd=ROOT)
+    assert done.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("first", range(4))
+@pytest.mark.parametrize("second", range(4))
+def test_a_run_killed_twice_at_any_moment_has_a_checkpoint_and_leaves_nothing(tmp_path, first, second):
+    path = tmp_path / "checkpoint"
+    write_checkpoint(path, "run", fill("0"))
+    newest = 0
+    for text, moment in (("1", first), ("2", second)):
+        write_and_be_killed(path, text, moment)
+        found = find_checkpoint(path)
+        assert found is not None
+        verify_checkpoint(found, "run")
+        assert newest <= int((found / "content").read_text()) <= int(text)
+        newest = int((found / "content").read_text())
+    write_checkpoint(path, "run", fill("3"))
+    assert (path / "content").read_text() == "3"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_first_checkpoint_of_all_is_kept_until_the_next_is_whole(tmp_path):
+    path = tmp_path / "checkpoint"
+    write_and_be_killed(path, "1", 2)  # sealed, and not yet in its place
+    write_and_be_killed(path, "2", 1)  # it is put into its place, the next one dies while it is written
+    assert (path / "content").read_text() == "1"
+    verify_checkpoint(path, "run")
 
 
 def test_changed_bytes_and_other_runs_are_refused(tmp_path):
