@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import inspect
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
 from importlib import metadata
+from typing import Any
 
+import catch
+import pytest
+import ray
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.core.learner.learner import Learner
 from ray.rllib.core.learner.learner_group import LearnerGroup
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from ray.rllib.core.rl_module.torch.torch_rl_module import TorchDDPRLModule
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
-from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 from ray.tune.trainable import Trainable
+from rl_toys import make_encoder, toy_config
 
+from rllib_ext import compat
+from rllib_ext.algorithm import LatentDQN
 from rllib_ext.config import LatentDQNConfig
 from rllib_ext.runner import LatentEnvRunner
 
@@ -59,12 +69,87 @@ def test_several_learners_are_wrapped_with_the_configured_keywords_when_built():
     assert "return self(*args, **kwargs)" in inspect.getsource(TorchDDPRLModule._forward_train)
 
 
-def test_a_group_keeps_its_requests_under_way_and_gives_back_errors_when_asked_directly():
-    assert "self._worker_manager = FaultTolerantActorManager(" in inspect.getsource(EnvRunnerGroup.__init__)
-    source = inspect.getsource(FaultTolerantActorManager)
-    assert "self._in_flight_req_to_actor_id: Dict[ray.ObjectRef, int] = {}" in source
-    parameters = inspect.signature(FaultTolerantActorManager.fetch_ready_async_reqs).parameters
-    assert {"tags", "timeout_seconds"} <= set(parameters)
+@pytest.fixture(scope="module")
+def algorithm(tmp_path_factory) -> Iterator[LatentDQN]:
+    """Two remote runners and one learner in this process."""
+    encoder = make_encoder(tmp_path_factory.mktemp("encoder") / "bundle")
+    ray.cloudpickle.register_pickle_by_value(catch)  # workers do not see this folder
+    ray.init(num_cpus=2, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
+    algorithm = toy_config("frozen", encoder).env_runners(num_env_runners=2).build_algo()
+    yield algorithm
+    algorithm.stop()
+    ray.shutdown()
+    ray.cloudpickle.unregister_pickle_by_value(catch)
+
+
+def ask(algorithm: LatentDQN, runner: int, function: Callable[[LatentEnvRunner], Any]) -> None:
+    algorithm.env_runner_group.foreach_env_runner_async(function, tag="test", remote_worker_ids=[runner])
+
+
+def answers(algorithm: LatentDQN, num: int) -> list[tuple[int, Any]]:
+    """Waits for so many, however few come at once."""
+    got: list[tuple[int, Any]] = []
+    until = time.monotonic() + 30
+    while len(got) < num and time.monotonic() < until:
+        compat.wait_for_any_request(algorithm.env_runner_group, 1.0)
+        got += compat.ready_requests(algorithm.env_runner_group, "test")
+    return got
+
+
+def test_the_first_request_that_is_done_ends_the_wait_and_only_its_result_is_there(algorithm):
+    def slow(runner):
+        time.sleep(3)
+        return "slow"
+
+    ask(algorithm, 1, slow)
+    ask(algorithm, 2, lambda runner: "quick")
+    assert answers(algorithm, 1) == [(2, "quick")]
+    assert compat.ready_requests(algorithm.env_runner_group, "another tag") == []
+    assert answers(algorithm, 1) == [(1, "slow")]
+
+
+def test_a_wait_ends_in_time_where_nothing_comes(algorithm):
+    began = time.monotonic()
+    compat.wait_for_any_request(algorithm.env_runner_group, 60.0)  # nobody was asked
+    assert time.monotonic() - began < 30
+    ask(algorithm, 1, lambda runner: time.sleep(2))
+    compat.wait_for_any_request(algorithm.env_runner_group, 0.2)
+    assert compat.ready_requests(algorithm.env_runner_group, "test") == []
+    assert answers(algorithm, 1) == [(1, None)]
+
+
+def test_every_request_of_a_runner_that_dies_comes_back_as_an_error_beside_the_results_of_others(algorithm):
+    ask(algorithm, 1, lambda runner: os.kill(os.getpid(), signal.SIGKILL))
+    ask(algorithm, 1, lambda runner: "never")
+    ask(algorithm, 2, lambda runner: "well")
+    got = answers(algorithm, 3)
+    assert sorted(runner for runner, _ in got) == [1, 1, 2]
+    assert all(isinstance(result, ray.exceptions.RayError) for runner, result in got if runner == 1)
+    assert (2, "well") in got
+    assert algorithm.env_runner_group.healthy_env_runner_ids() == [2]
+
+
+def test_the_rank_the_sequence_number_and_the_iteration_are_what_rllib_goes_by(algorithm):
+    def number(learner: Learner) -> int:
+        return learner.get_state(["rl_module"])["weights_seq_no"]
+
+    def counted(learner: Learner) -> tuple[int, int, int]:
+        before = number(learner)
+        compat.count_call(learner)
+        return compat.learner_rank(learner), before, number(learner)
+
+    ((rank, before, after),) = [result.get() for result in algorithm.learner_group.foreach_learner(counted)]
+    assert (rank, after) == (0, before + 1)
+    compat.set_iteration(algorithm, 41)
+    assert algorithm.iteration == algorithm.training_iteration == 41
+
+
+def test_a_config_knows_whether_it_is_frozen():
+    config = LatentDQNConfig()
+    assert config._is_frozen is False
+    config.freeze()
+    assert config._is_frozen is True
+    assert config.copy(copy_frozen=False)._is_frozen is False
 
 
 def test_weights_go_to_runners_through_set_state():
