@@ -51,10 +51,6 @@ class Task:
     arms: dict[str, Arm]
 
 
-def _frozen(what: str, train: dict[str, Any] | None = None, q: dict[str, Any] | None = None) -> Arm:
-    return Arm(what, "frozen", train or {}, q or {})
-
-
 TASKS = {
     "rally": Task(
         30_000,
@@ -76,7 +72,14 @@ TASKS = {
             "pixels": Arm("latentrl, pixels, same settings", "pixels", PLAIN, PLAIN_Q),
         },
     ),
-    "pong": Task(100_000, 3, {"frozen": _frozen("latentrl, frozen, the recipe that the speed is measured with")}),
+    "pong": Task(
+        100_000,
+        3,
+        {
+            "frozen": Arm("latentrl, frozen, the recipe that the speed is measured with", "frozen"),
+            "efficient": Arm("latentrl, frozen, the recipe `efficient`", "frozen", recipe="efficient"),
+        },
+    ),
 }
 
 
