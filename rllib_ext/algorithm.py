@@ -292,6 +292,10 @@ class LatentDQN(Algorithm):
         write_checkpoint(Path(path), self.config.run_id, lambda folder: self._write_state(folder, Path(path)))
         return str(path)
 
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Tune's hook; RLlib's own would ask for a choice between pickle and msgpack."""
+        self.save_to_path(checkpoint_dir)
+
     def restore_from_path(self, path: str | Path, **kwargs: Any) -> None:
         """Continues from a checkpoint that this run wrote.
 

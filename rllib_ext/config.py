@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from pathlib import Path
@@ -123,6 +124,26 @@ class LatentDQNConfig(AlgorithmConfig):
         for name, value in self._rllib_settings().items():
             setattr(self, name, value)
         return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """For Tune: every setting of the Q-learning is a key of its own, so that a search can vary it."""
+        known: dict[str, Any] = super().to_dict()
+        settings: DQNSettings = known.pop("settings")
+        return {**known, **vars(settings)}
+
+    def update_from_dict(self, config_dict: dict[str, Any]) -> Self:
+        """Takes over what `to_dict` gave, with changes.
+
+        Raises:
+            UserError: One of RLlib's network or optimizer settings, which LatentDQN does not read, was changed.
+        """
+        names = {field.name for field in dataclasses.fields(DQNSettings)}
+        rest = {name: value for name, value in config_dict.items() if name not in names and name[:2] != "__"}  # Tune's
+        for name in ("model", "optimizer"):
+            if rest.pop(name, getattr(self, name)) != getattr(self, name):
+                raise UserError(f"LatentDQN does not read RLlib's {name!r}; give latent(q=QConfig(...)) and training()")
+        super().update_from_dict(rest)
+        return self.training(**{name: value for name, value in config_dict.items() if name in names})
 
     def validate(self) -> None:
         """Refuses what cannot work, in one line, before any process is started.
