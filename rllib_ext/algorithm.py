@@ -150,9 +150,13 @@ class LatentDQN(Algorithm):
         return figures
 
     def _ask(self) -> None:
-        """Asks for as many fragments as the limit on the lead allows."""
+        """Asks for as many fragments as the limit on the lead allows.
+
+        Agent steps that make no whole update due yet are no lead: counted, they would cost a fragment of overlap.
+        """
         settings = self.settings
         limit = settings.max_lead_fragments * self.workers.num_runners * settings.fragment_steps
+        limit += 1 / settings.updates_per_agent_step
         lead = self.agent_steps + self.workers.steps_under_way - settings.consumed_agent_steps(self.updates)
         self.workers.ask(self._request(), int(limit - lead))
 

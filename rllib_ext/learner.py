@@ -122,10 +122,13 @@ class LatentDQNLearner(TorchLearner):
         started = time.perf_counter()
         own = self._own_share(drawn)
         columns = _tensors(own)
-        steps = []
-        for u in range(len(own.action)):
-            steps.append(self._update_once({name: column[u] for name, column in columns.items()}))
-            self._move_target(updates_before + u + 1)
+        steps: list[Any] = []
+        while len(steps) < len(own.action):
+            first, last = len(steps), self._last_with_this_target(updates_before, len(steps), len(own.action))
+            part = {name: column[first:last] for name, column in columns.items()}
+            part[QF_TARGET_NEXT_OUTPUTS] = self._target_outputs(part["next_obs"])
+            steps += [self._update_once({name: x[i] for name, x in part.items()}) for i in range(last - first)]
+            self._move_target(updates_before + last)
         compat.count_call(self)
         td_losses, errors, outputs, grad_norms = zip(*steps, strict=True)
         td_errors, values = torch.cat(errors), self.q_module.network.head.values(torch.cat(outputs))
@@ -145,6 +148,28 @@ class LatentDQNLearner(TorchLearner):
         by_update: list[Any] = [column.reshape(-1, size, *column.shape[1:]) for column in drawn]
         return Transitions(*(column[:, first : first + share] for column in by_update))
 
+    def _last_with_this_target(self, updates_before: int, first: int, num_updates: int) -> int:
+        """The end of the updates from `first` on whose target values are worked out in one pass.
+
+        The target network stands still for them. One pass over many minibatches takes a third less time than one over
+        each; where the encoder is in the module a minibatch is large enough already.
+        """
+        settings = self.settings
+        if settings.target_tau > 0 or self.q_module.network.encoder is not None:
+            return first + 1
+        until_copy = settings.target_update_updates - (updates_before + first) % settings.target_update_updates
+        return min(first + until_copy, num_updates)
+
+    def _target_outputs(self, next_obs: Tensor) -> Tensor:
+        """(U, b, K, ...) -> the target network's outputs (U, b, A) or (U, b, A, N)."""
+        with self._autocast():
+            outputs = self.q_module.target_outputs(next_obs.flatten(0, 1))
+        return outputs.unflatten(0, next_obs.shape[:2])
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        dtype = self._autocast_dtype
+        return contextlib.nullcontext() if dtype is None else torch.autocast("cpu", dtype)
+
     def _update_once(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, float]:
         """One update; its loss (), TD errors (b,), the network's outputs (b, A) or (b, A, N), and gradient norm."""
         outputs = self._forward(batch)
@@ -158,15 +183,15 @@ class LatentDQNLearner(TorchLearner):
 
     def _forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The module's training outputs; DistributedDataParallel has to see this pass."""
-        seen = {Columns.OBS: _as_input(batch["obs"]), Columns.NEXT_OBS: _as_input(batch["next_obs"])}
-        dtype = self._autocast_dtype
-        with contextlib.nullcontext() if dtype is None else torch.autocast("cpu", dtype):
+        seen = {Columns.OBS: batch["obs"], Columns.NEXT_OBS: batch["next_obs"]}
+        seen[QF_TARGET_NEXT_OUTPUTS] = batch[QF_TARGET_NEXT_OUTPUTS]
+        with self._autocast():
             outputs: dict[str, Tensor] = self.module[DEFAULT_MODULE_ID].forward_train(seen)
         return outputs
 
     def _td_loss(self, batch: dict[str, Tensor], outputs: dict[str, Tensor]) -> TDLoss:
         head = self.q_module.network.head
-        bootstrap = (batch["returns"], batch["discount"], outputs[QF_NEXT_CHOOSER], outputs[QF_TARGET_NEXT_OUTPUTS])
+        bootstrap = (batch["returns"], batch["discount"], outputs[QF_NEXT_CHOOSER], batch[QF_TARGET_NEXT_OUTPUTS])
         if head.is_distributional:
             target_BN = losses.distribution_targets(*bootstrap, head.atoms)
             return losses.cross_entropy_loss(outputs[QF_OUTPUTS], batch["action"], target_BN, batch["weights"])
@@ -199,12 +224,10 @@ class LatentDQNLearner(TorchLearner):
 
 
 def _tensors(own: Transitions) -> dict[str, Tensor]:
-    """The columns as tensors on the same memory; those that came through the object store must only be read."""
+    """The columns as tensors; frames and numbers on the same memory, which must only be read, latents in float32."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return {name: torch.from_numpy(column) for name, column in own._asdict().items() if name != "ids"}
-
-
-def _as_input(obs: Tensor) -> Tensor:
-    """Latents in float32, converted once for all networks that read them; frames as they are."""
-    return obs.float() if obs.is_floating_point() else obs
+        columns = {name: torch.from_numpy(column) for name, column in own._asdict().items() if name != "ids"}
+    for name in ("obs", "next_obs"):  # once, for all networks that read them
+        columns[name] = columns[name].float() if columns[name].is_floating_point() else columns[name]
+    return columns

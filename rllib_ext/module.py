@@ -32,7 +32,7 @@ from rllib_ext.shared_bundle import SharedBundle
 QF_PREDS = "qf_preds"  # values (B, A); RLlib's name
 QF_OUTPUTS = "qf_outputs"  # values (B, A), or logits (B, A, N) of distributions
 QF_NEXT_CHOOSER = "qf_next_chooser"  # values (B, A) by which the next action is chosen
-QF_TARGET_NEXT_OUTPUTS = "qf_target_next_outputs"  # as QF_OUTPUTS
+QF_TARGET_NEXT_OUTPUTS = "qf_target_next_outputs"  # the target network's, as QF_OUTPUTS
 SPEC_KEY = "latent"
 
 
@@ -110,19 +110,27 @@ class LatentQModule(TorchRLModule, QNetAPI, TargetNetworkAPI, InferenceOnlyAPI):
         values: Tensor = self.target(batch[Columns.NEXT_OBS])
         return values
 
+    @torch.no_grad()
+    def target_outputs(self, next_obs: Tensor) -> Tensor:
+        """The target network's outputs (N, A) or (N, A, atoms) of `next_obs` (N, K, ...)."""
+        outputs: Tensor = self.target.outputs(next_obs)
+        return outputs
+
     def _forward_train(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """The network's outputs for `obs` with gradient, and what targets are made of, of `new_obs`, without.
+        """The network's outputs for `obs` with gradient, and the values that choose the next action, without.
+
+        Args:
+            batch: `obs`, `new_obs` (B, K, ...) and `qf_target_next_outputs`, which `target_outputs` gives.
+            kwargs: For RLlib.
 
         The pass with gradient comes first: autocast keeps the weights that it has cast, and those that a pass without
         gradient cast first would have none.
         """
         outputs = {QF_OUTPUTS: self.network.outputs(batch[Columns.OBS])}
-        next_obs = batch[Columns.NEXT_OBS]
         with torch.no_grad():
-            target = self.target.outputs(next_obs)
-            is_double = self.spec.settings.double
-            outputs[QF_NEXT_CHOOSER] = self.network(next_obs) if is_double else self.target.head.values(target)
-        outputs[QF_TARGET_NEXT_OUTPUTS] = target
+            is_double, target = self.spec.settings.double, batch[QF_TARGET_NEXT_OUTPUTS]
+            chooser = self.network(batch[Columns.NEXT_OBS]) if is_double else self.target.head.values(target)
+        outputs[QF_NEXT_CHOOSER] = chooser
         return outputs
 
     @torch.inference_mode()

@@ -33,7 +33,7 @@ class QConfig:
         v_max: Highest atom.
     """
 
-    hidden: tuple[int, ...] = (512,)
+    hidden: tuple[int, ...] = (256,)
     layer_norm: bool = True
     dueling: bool = False
     num_atoms: int = 1

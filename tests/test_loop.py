@@ -93,6 +93,7 @@ def test_the_asynchronous_loop_holds_the_replay_ratio_and_the_lead(build, encode
     config = toy_config("frozen", encoder, updates_per_agent_step=ratio).env_runners(num_env_runners=num_runners)
     algorithm, settings = build(config), config.settings
     limit = settings.max_lead_fragments * max(1, num_runners) * settings.fragment_steps
+    limit += 1 / ratio  # what makes no whole update due yet
     while algorithm.agent_steps < 6_000:
         figures = algorithm.train()[RESULTS_KEY]
         lead = algorithm.agent_steps + algorithm.workers.steps_under_way
