@@ -164,7 +164,7 @@ class LatentDQNLearner(TorchLearner):
         """(U, b, K, ...) -> the target network's outputs (U, b, A) or (U, b, A, N)."""
         with self._autocast():
             outputs = self.q_module.target_outputs(next_obs.flatten(0, 1))
-        return outputs.unflatten(0, next_obs.shape[:2])
+        return outputs.view(*next_obs.shape[:2], *outputs.shape[1:])
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         dtype = self._autocast_dtype

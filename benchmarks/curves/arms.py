@@ -42,13 +42,15 @@ class Task:
 
     Attributes:
         agent_steps: Decisions of a run.
-        seeds: How many runs of an arm, unless it names fewer.
+        seeds: How many runs of an arm.
         arms: By name.
+        window: Training games that a point of a curve, and the figure at the end, is the mean of.
     """
 
     agent_steps: int
     seeds: int
     arms: dict[str, Arm]
+    window: int = 10
 
 
 TASKS = {
@@ -63,6 +65,7 @@ TASKS = {
                 "... 4 workers of 4 environments", "pixels", {**RALLY, **PLAIN, "envs_per_runner": 4}, PLAIN_Q, 4
             ),
         },
+        window=40,
     ),
     "pong-pixels": Task(
         100_000,
@@ -80,6 +83,18 @@ TASKS = {
             "efficient": Arm("latentrl, frozen, the recipe `efficient`", "frozen", recipe="efficient"),
         },
     ),
+    "pong-tricks": Task(
+        100_000,
+        3,
+        {
+            "plain": Arm("latentrl, frozen, no tricks", "frozen", PLAIN, PLAIN_Q),
+            "n-step": Arm("... returns of 3 steps", "frozen", {**PLAIN, "n_step": 3}, PLAIN_Q),
+            "double": Arm("... double", "frozen", {**PLAIN, "double": True}, PLAIN_Q),
+            "dueling": Arm("... dueling", "frozen", PLAIN, {**PLAIN_Q, "dueling": True}),
+            "distributional": Arm("... 51 atoms", "frozen", PLAIN, {**PLAIN_Q, "num_atoms": 51}),
+            "prioritised": Arm("... priorities", "frozen", {**PLAIN, "priority_alpha": 0.6}, PLAIN_Q),
+        },
+    ),
 }
 
 
@@ -92,6 +107,11 @@ class Cell:
     seed: int
     agent_steps: int
     settings: dict[str, Any]
+
+    @property
+    def is_rally(self) -> bool:
+        """The small game; all other tasks are Pong."""
+        return self.task == "rally"
 
     @classmethod
     def of(cls, task: str, arm: str, seed: int) -> Cell:

@@ -13,9 +13,6 @@ from curves.arms import TASKS, Arm, Cell
 from curves.keep import Kept
 from pipeline.bootstrap import bootstrap_interval
 
-LAST_GAMES = {"rally": 60, "pong": 10, "pong-pixels": 10}
-_SMOOTHED = {"rally": 40, "pong": 10, "pong-pixels": 10}
-
 Runs = dict[str, dict[str, dict[int, dict[str, Any]]]]  # task, arm, seed
 
 
@@ -37,7 +34,7 @@ def summary(runs: Runs) -> dict[str, dict[str, dict[str, Any]]]:
 
 def _summarise(task: str, by_seed: dict[int, dict[str, Any]]) -> dict[str, Any]:
     results = list(by_seed.values())
-    last = [float(np.mean([game[1] for game in run["games"][-LAST_GAMES[task] :]])) for run in results]
+    last = [float(np.mean([game[1] for game in run["games"][-TASKS[task].window :]])) for run in results]
     seconds = float(np.median([run["seconds"] for run in results]))
     figures = {"seeds": len(results), "last_games": _mean(last), "minutes": round(seconds / 60, 1)}
     figures["agent_steps_per_s"] = round(TASKS[task].agent_steps / seconds)
@@ -91,13 +88,13 @@ def _plot(path: Path, task: str, arms: dict[str, dict[int, dict[str, Any]]]) -> 
     for number, (name, by_seed) in enumerate(arms.items()):
         for place, run in enumerate(by_seed.values()):
             steps, returns, seconds = np.array(run["games"]).T
-            smooth = _running_mean(returns, _SMOOTHED[task])
+            smooth = _running_mean(returns, TASKS[task].window)
             for axes, x in ((by_steps, steps), (by_seconds, seconds)):
                 label = name if place == 0 else None
                 axes.plot(x[-len(smooth) :], smooth, color=f"C{number}", linewidth=1, alpha=0.8, label=label)
     by_steps.set_xlabel("agent steps")
     by_seconds.set_xlabel("seconds of training")
-    by_steps.set_ylabel(f"return, mean of {_SMOOTHED[task]} games")
+    by_steps.set_ylabel(f"return, mean of {TASKS[task].window} games")
     by_steps.legend(frameon=False, fontsize=8)
     for axes in (by_steps, by_seconds):
         axes.spines[["top", "right"]].set_visible(False)

@@ -27,6 +27,7 @@ from rllib_ext.config import LatentDQNConfig
 from rllib_ext.settings import replace_known
 
 PRIOR_FRAMES = 30_000
+PONG = "PongNoFrameskip-v4"  # as Stable-Baselines3's wrappers want it
 GREEDY_EPISODES = 20
 BUFFER = 50_000  # of Stable-Baselines3, which holds four frames for every transition
 
@@ -35,7 +36,7 @@ def run(cell: Cell, folder: Path) -> dict[str, Any]:
     """Trains as the cell says; `folder` keeps encoders and run folders between cells."""
     if cell.settings["mode"] == "sb3":
         return sb3(cell)
-    return rally(cell) if cell.task == "rally" else atari(cell, folder)
+    return rally(cell) if cell.is_rally else atari(cell, folder)
 
 
 def recipe_of(cell: Cell) -> TrainRecipe:
@@ -145,8 +146,8 @@ def sb3(cell: Cell) -> dict[str, Any]:
     gym.register_envs(ale_py)
     torch.set_num_threads(2)
     settings = recipe_of(cell).train
-    make = make_atari_env if cell.task.startswith("pong") else make_vec_env
-    env = VecFrameStack(make("PongNoFrameskip-v4" if cell.task.startswith("pong") else GymRally, 1, seed=cell.seed), 4)  # type: ignore[arg-type]
+    games = make_vec_env(GymRally, seed=cell.seed) if cell.is_rally else make_atari_env(PONG, seed=cell.seed)
+    env = VecFrameStack(games, 4)
     steps_per_update = round(1 / settings.updates_per_agent_step)
     model = DQN(
         "CnnPolicy",
@@ -168,14 +169,11 @@ def sb3(cell: Cell) -> dict[str, Any]:
         policy_kwargs={"optimizer_kwargs": {"eps": settings.adam_epsilon}},
         seed=cell.seed,
     )
-    games = Games()
-    model.learn(cell.agent_steps, callback=games, log_interval=None)  # type: ignore[arg-type]
-    result: dict[str, Any] = {
-        "games": games.games,
-        "seconds": time.monotonic() - games.started,
-        "updates": model._n_updates,
-    }
-    if cell.task.startswith("pong"):
+    noted = Games()
+    model.learn(cell.agent_steps, callback=noted, log_interval=None)  # type: ignore[arg-type]
+    seconds = time.monotonic() - noted.started
+    result: dict[str, Any] = {"games": noted.games, "seconds": seconds, "updates": model._n_updates}
+    if not cell.is_rally:
         result["greedy"] = greedy_sb3(model, cell.seed)
     return result
 
@@ -186,7 +184,7 @@ def greedy_sb3(model: Any, seed: int) -> list[float]:
     from stable_baselines3.common.evaluation import evaluate_policy
     from stable_baselines3.common.vec_env import VecFrameStack
 
-    env = VecFrameStack(make_atari_env("PongNoFrameskip-v4", 4, seed=seed + 1_000), 4)
+    env = VecFrameStack(make_atari_env(PONG, 4, seed=seed + 1_000), 4)
     returns, _ = evaluate_policy(model, env, GREEDY_EPISODES, deterministic=True, return_episode_rewards=True)
     return [float(value) for value in np.asarray(returns)]
 

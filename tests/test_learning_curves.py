@@ -1,0 +1,101 @@
+"""The benchmark of learning: its real entry point at toy size, and what it keeps between calls."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import learning  # noqa: E402
+from curves import keep, page  # noqa: E402
+from curves.arms import TASKS, Arm, Cell, Task  # noqa: E402
+from curves.rally import rally_factory, rally_preprocess  # noqa: E402
+from peers.running import CellFailed  # noqa: E402
+
+TINY = {"warmup_agent_steps": 100, "epsilon_decay_agent_steps": 200, "batch_size": 8, "envs_per_runner": 4}
+
+
+def test_arms_are_run_once_and_make_a_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = {"sb3": TASKS["rally"].arms["sb3"], "pixels": TASKS["rally"].arms["pixels"]}
+    tiny = {name: Arm(arm.what, arm.mode, {**arm.train, **TINY}, arm.q) for name, arm in arms.items()}
+    monkeypatch.setitem(TASKS, "rally", Task(900, 1, tiny, window=3))
+    arguments = ["--task", "rally", "--results", str(tmp_path / "kept"), "--work", str(tmp_path / "work"), "--json"]
+    arguments += ["--write", str(tmp_path / "page")]
+    assert learning.main(arguments) == 0
+    out = capsys.readouterr().out
+    figures = json.loads(out.splitlines()[-1])["rally"]
+    assert set(figures) == {"sb3", "pixels"}
+    for figure in figures.values():
+        assert figure["seeds"] == 1
+        assert figure["agent_steps_per_s"] > 0
+    for path in (tmp_path / "kept").iterdir():
+        result = json.loads(path.read_text())["result"]
+        assert 150 < result["updates"] < 250  # 200, and what a loop has gone beyond its 900 steps
+        steps, _, seconds = np.array(result["games"]).T
+        assert (np.diff(steps) >= 0).all()
+        assert (np.diff(seconds) >= 0).all()
+    assert {path.name for path in (tmp_path / "page").iterdir()} == {
+        "learning-tables.md",
+        "learning.json",
+        "learning-rally.png",
+    }
+    assert learning.main(arguments) == 0
+    assert capsys.readouterr().err.count("kept") == 2
+
+
+def test_a_failed_run_is_said_and_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> None:
+        raise CellFailed("no")
+
+    monkeypatch.setattr(keep, "run_apart", fail)
+    arguments = ["--task", "rally", "--arm", "sb3", "--seed", "0", "--results", str(tmp_path), "--work", str(tmp_path)]
+    assert learning.main(arguments) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_cell_is_found_by_all_that_decides_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keep, "run_apart", lambda *arguments: {"games": [[10, 1.0, 2.0]], "seconds": 3.0, "updates": 4})
+    kept, cell = keep.Kept(tmp_path, tmp_path), Cell.of("rally", "pixels", 0)
+    assert kept.run(cell)
+    assert kept.find(cell) == {"games": [[10, 1.0, 2.0]], "seconds": 3.0, "updates": 4}
+    for other in (Cell.of("rally", "pixels", 1), Cell.of("rally", "sb3", 0), Cell.of("pong", "frozen", 0)):
+        assert kept.find(other) is None
+    assert page.summary(page.gather(kept))["rally"]["pixels"]["last_games"]["by_seed"] == [1.0]
+
+
+@pytest.mark.parametrize("name", list(TASKS))
+def test_every_arm_is_a_recipe_with_known_settings(name: str) -> None:
+    from curves.runs import recipe_of
+
+    for arm in TASKS[name].arms:
+        assert recipe_of(Cell.of(name, arm, 0)).train.updates_per_agent_step in (0.25, 1.0)
+
+
+def following(frame: np.ndarray) -> int:
+    """The move that brings the paddle's middle under the ball; none when the paddle hides it."""
+    ball, paddle = np.argwhere(frame == 255)[:, 1], np.argwhere(frame == 160)[:, 1]
+    return 1 + int(np.sign(round((ball.mean() - paddle.mean()) / 3))) if ball.size else 1
+
+
+def test_rally_can_be_won_and_lost() -> None:
+    """A paddle that follows the ball scores more than one that does not move."""
+    vector = rally_factory(rally_preprocess(), 8, 1)
+    step = vector.reset(np.arange(8))
+    totals = []
+    for follows in (True, False):
+        total = np.zeros(8)
+        for _ in range(300):
+            actions = np.array([following(frame) for frame in step.frames]) if follows else np.zeros(8, np.int64)
+            step = vector.step(actions)
+            total += step.rewards
+        totals.append(total.mean())
+    assert totals[0] > totals[1] + 1
