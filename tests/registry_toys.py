@@ -16,6 +16,7 @@ import torch
 from pipeline import bundle, models
 from pipeline.artifact import LatentStats, save_encoder
 from pipeline.models.vae import VAESettings
+from pipeline.registry import Registered, Run, register_encoder
 from pipeline.schema import Preprocess
 
 Z_DIM = 6
@@ -104,3 +105,12 @@ class MlflowServer:
             self.signal(signal.SIGKILL)
             self.process.wait()
             self.process = None
+
+
+def register(run: Run, bundle: Path, name: str, bits: float = 1.0, active: float = 1.0, **more: bool) -> Registered:
+    """A version of an encoder with these figures."""
+    registered = register_encoder(
+        run, bundle, name, bits_per_dim=bits, active_fraction=active, **{"has_heldout": True, **more}
+    )
+    assert registered is not None
+    return registered
