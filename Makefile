@@ -35,6 +35,8 @@ format: setup
 bench: setup
 	$(BIN)/python benchmarks/collect.py
 	$(BIN)/python benchmarks/pretrain.py
+	$(BIN)/python benchmarks/replay.py
+	$(BIN)/python benchmarks/q_learning.py --short
 
 clean:
 	rm -rf $(VENV) latentrl-runs latentrl-demo .mypy_cache .ruff_cache .hypothesis *.egg-info
