@@ -51,11 +51,17 @@ _GRID = VAESettings(latent_channels=8, widths=(32, 32))
 _FLAT = VAESettings(z_dim=256, widths=(64, 64))
 _VAE = PretrainRecipe("vae", _GRID, PretrainConfig(epochs=5))
 _DQN = TrainRecipe("dqn", QConfig(), DQNSettings(), _GRID)
-# An update on latents is cheap: four times as many, on distributions of returns, where agent steps are what is dear.
+# An update on latents is cheap: twice as many, on distributions of long returns, where agent steps are what is dear.
 _EFFICIENT = TrainRecipe(
     "efficient",
-    QConfig(hidden=(256,), dueling=True, num_atoms=51),
-    DQNSettings(updates_per_agent_step=1.0, n_step=5),
+    QConfig(dueling=True, num_atoms=51),
+    DQNSettings(
+        updates_per_agent_step=0.5,
+        n_step=10,
+        envs_per_runner=8,
+        fragment_length=16,
+        epsilon_decay_agent_steps=10_000,
+    ),
     _GRID,
 )
 
@@ -68,7 +74,7 @@ PRETRAIN_RECIPES = {
         replace(_VAE, name="demo"),
     )
 }
-TRAIN_RECIPES = {recipe.name: recipe for recipe in (_DQN, _EFFICIENT, replace(_DQN, name="demo"))}
+TRAIN_RECIPES = {recipe.name: recipe for recipe in (_DQN, _EFFICIENT, replace(_EFFICIENT, name="demo"))}
 
 Recipe = TypeVar("Recipe", PretrainRecipe, TrainRecipe)
 

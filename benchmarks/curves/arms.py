@@ -6,9 +6,13 @@ Settings that an arm does not name are the shipped recipe's.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass, field
 from typing import Any
+
+from jobs.recipes import TrainRecipe, train_recipe
+from rllib_ext.settings import replace_known
 
 PLAIN = {"double": False, "n_step": 1, "priority_alpha": 0.0}  # what Stable-Baselines3's DQN does
 PLAIN_Q = {"dueling": False, "num_atoms": 1}
@@ -118,6 +122,19 @@ class Cell:
         """Of the tables above."""
         return cls(task, arm, seed, TASKS[task].agent_steps, dataclasses.asdict(TASKS[task].arms[arm]))
 
+    @property
+    def recipe(self) -> TrainRecipe:
+        """The arm's recipe with its changes."""
+        base = train_recipe(self.settings["recipe"])
+        q = replace_known(base.q, self.settings["q"])
+        return TrainRecipe(base.name, q, base.train.replace(**self.settings["train"]), base.model)
+
+    @property
+    def digest(self) -> str:
+        """Of all that decides the run, the recipe's own settings included."""
+        everything = json.dumps([self.to_json(), dataclasses.asdict(self.recipe)], sort_keys=True)
+        return hashlib.sha256(everything.encode()).hexdigest()[:12]
+
     def to_json(self) -> str:
-        """One line, whose digest names the cell's file."""
+        """One line."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)

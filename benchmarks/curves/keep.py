@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 import time
@@ -13,6 +12,7 @@ from typing import Any
 from peers.running import CellFailed, run_apart
 
 from curves.arms import Cell
+from jobs.settings import to_dict
 
 LIMIT_S = 7_200.0
 _DIGITS = 1
@@ -27,8 +27,7 @@ class Kept:
 
     def path(self, cell: Cell) -> Path:
         """The cell's file."""
-        digest = hashlib.sha256(cell.to_json().encode()).hexdigest()[:12]
-        return self._folder / f"{cell.task}-{cell.arm}-{cell.seed}-{digest}.json"
+        return self._folder / f"{cell.task}-{cell.arm}-{cell.seed}-{cell.digest}.json"
 
     def find(self, cell: Cell) -> dict[str, Any] | None:
         """What a finished run gave."""
@@ -54,7 +53,12 @@ class Kept:
 
     def _keep(self, cell: Cell, result: dict[str, Any]) -> None:
         result["games"] = [[int(steps), round(value, 2), round(s, _DIGITS)] for steps, value, s in result["games"]]
-        record = {"cell": json.loads(cell.to_json()), "torch": metadata.version("torch"), "result": result}
+        record = {
+            "cell": json.loads(cell.to_json()),
+            "recipe": to_dict(cell.recipe),
+            "torch": metadata.version("torch"),
+            "result": result,
+        }
         path = self.path(cell)
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(".tmp")

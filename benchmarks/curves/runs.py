@@ -19,7 +19,7 @@ from peers.measuring import ray_here
 from curves.arms import Cell
 from curves.rally import GymRally, rally_factory, rally_preprocess
 from jobs import collect, evaluate, pretrain, train
-from jobs.recipes import PRETRAIN_RECIPES, TrainRecipe, train_recipe
+from jobs.recipes import PRETRAIN_RECIPES
 from jobs.workspace import Workspace
 from pipeline.errors import UserError
 from pipeline.registry import resolve
@@ -39,16 +39,9 @@ def run(cell: Cell, folder: Path) -> dict[str, Any]:
     return rally(cell) if cell.is_rally else atari(cell, folder)
 
 
-def recipe_of(cell: Cell) -> TrainRecipe:
-    """The recipe with the cell's changes."""
-    base = train_recipe(cell.settings["recipe"])
-    q, changes = replace_known(base.q, cell.settings["q"]), cell.settings["train"]
-    return TrainRecipe(base.name, q, base.train.replace(**changes), base.model)
-
-
 def rally(cell: Cell) -> dict[str, Any]:
     """The small game, through the algorithm's own interface."""
-    recipe = recipe_of(cell)
+    recipe = cell.recipe
     config = LatentDQNConfig().latent(
         preprocess=rally_preprocess(),
         mode=cell.settings["mode"],
@@ -77,7 +70,7 @@ def atari(cell: Cell, folder: Path) -> dict[str, Any]:
     mode = cell.settings["mode"]
     result = train.run(
         workspace,
-        recipe_of(cell),
+        cell.recipe,
         game="pong",
         encoder=None if mode == "pixels" else prior_encoder(workspace, cell.seed),
         mode=mode,
@@ -145,7 +138,7 @@ def sb3(cell: Cell) -> dict[str, Any]:
 
     gym.register_envs(ale_py)
     torch.set_num_threads(2)
-    settings = recipe_of(cell).train
+    settings = cell.recipe.train
     games = make_vec_env(GymRally, seed=cell.seed) if cell.is_rally else make_atari_env(PONG, seed=cell.seed)
     env = VecFrameStack(games, 4)
     steps_per_update = round(1 / settings.updates_per_agent_step)
