@@ -20,7 +20,7 @@ demo: setup
 
 test: setup check
 	@sh tests/need_chromium.sh
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 check: setup
 	$(BIN)/ruff format --check .

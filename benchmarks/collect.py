@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    ray.init(num_cpus=options.threads, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=options.threads, include_dashboard=False, log_to_driver=False)
     rows = []
     for game in options.games:
         rows.append(measure(game, options.frames, options.repeats, options.threads))

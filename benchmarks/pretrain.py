@@ -171,9 +171,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.updates <= 2 * UPDATES_AFTER_TURNS:
         parser.error(f"--updates is {options.updates}; ask for more than {2 * UPDATES_AFTER_TURNS}")
-    ray.init(
-        num_cpus=max(2, os.cpu_count() or 2), object_store_memory=1 << 30, include_dashboard=False, log_to_driver=False
-    )
+    cpus = max(2, os.cpu_count() or 2)
+    ray.init("local", num_cpus=cpus, object_store_memory=1 << 30, include_dashboard=False, log_to_driver=False)
     with tempfile.TemporaryDirectory() as folder:
         uri = options.data or _collected(folder)
         result = measure(uri, PRETRAIN_RECIPES[options.recipe], options.updates)

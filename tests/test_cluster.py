@@ -22,7 +22,7 @@ from pipeline.registry import resolve
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
     """Two nodes that ask for Ray's token, as a local session makes every process do that starts one."""
-    ray.init(num_cpus=1, include_dashboard=False)
+    ray.init("local", num_cpus=1, include_dashboard=False)
     ray.shutdown()
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 200 << 20})
     nodes.add_node(num_cpus=2, object_store_memory=200 << 20)
@@ -47,7 +47,7 @@ def test_two_addresses_and_nothing_else_changes(cluster: Cluster, server: Mlflow
         num_env_runners=3,
         agent_steps=600,
         encoder=replace(TOY.encoder, train=replace(TOY.encoder.train, num_workers=2)),
-        agent=replace(TOY.agent, train=replace(TOY.agent.train, warmup_agent_steps=256, synchronous=True)),
+        agent=replace(TOY.agent, train=replace(TOY.agent.train, warmup_agent_steps=300, synchronous=True)),
     )
     beside = Workspace.at(str(tmp_path / "local"))  # without an address: a Ray of its own, whatever runs here
     assert collect.run(beside, game="pong", frames=60, out=str(tmp_path / "few"), num_workers=1)["frames"] == 60

@@ -74,7 +74,7 @@ def algorithm(tmp_path_factory) -> Iterator[LatentDQN]:
     """Two remote runners and one learner in this process."""
     encoder = make_encoder(tmp_path_factory.mktemp("encoder") / "bundle")
     ray.cloudpickle.register_pickle_by_value(catch)  # workers do not see this folder
-    ray.init(num_cpus=2, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
     algorithm = toy_config("frozen", encoder).env_runners(num_env_runners=2).build_algo()
     yield algorithm
     algorithm.stop()

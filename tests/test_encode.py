@@ -24,7 +24,7 @@ Z = 4
 @pytest.fixture(scope="module", autouse=True)
 def _ray():
     torch.set_num_threads(1)
-    ray.init(num_cpus=2, object_store_memory=200 << 20, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, object_store_memory=200 << 20, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

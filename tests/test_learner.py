@@ -232,7 +232,7 @@ def test_under_bf16_every_layer_learns_and_parameters_and_errors_stay_float32(tm
 @pytest.fixture(scope="module")
 def _ray_session():
     ray.cloudpickle.register_pickle_by_value(catch)  # workers do not see this folder
-    ray.init(num_cpus=3, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=3, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
     ray.cloudpickle.unregister_pickle_by_value(catch)

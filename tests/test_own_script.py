@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -28,7 +29,8 @@ TINY = VAESettings(z_dim=8, patch=12, widths=(8,), num_blocks=0)
 def test_the_example_script_does_what_it_says(tmp_path):
     encoder = make_encoder(tmp_path / "encoder", preprocess_for("pong"), TINY, standardise=False)
     arguments = [sys.executable, str(SCRIPT), "--encoder", str(encoder), "--agent-steps", "700"]
-    done = subprocess.run(arguments, capture_output=True, text=True)
+    alone = {**os.environ, "RAY_ADDRESS": "local"}  # whatever else runs here
+    done = subprocess.run(arguments, capture_output=True, text=True, env=alone)
     assert done.returncode == 0, done.stderr
     trained, restored, *searched = [line for line in done.stdout.splitlines() if "agent steps" in line]
     steps, updates = (int(number) for number in re.findall(r"\d+", trained))
@@ -41,7 +43,7 @@ def test_the_example_script_does_what_it_says(tmp_path):
 @pytest.fixture
 def _ray_session() -> Iterator[None]:
     ray.cloudpickle.register_pickle_by_value(catch)  # workers do not see this folder
-    ray.init(num_cpus=2, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
     ray.cloudpickle.unregister_pickle_by_value(catch)

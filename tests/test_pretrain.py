@@ -31,7 +31,7 @@ CONFIG = PretrainConfig(epochs=4, batch_size=16, num_threads=1, frames_per_epoch
 
 @pytest.fixture(scope="module", autouse=True)
 def _ray():
-    ray.init(num_cpus=3, object_store_memory=200 << 20, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=3, object_store_memory=200 << 20, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -102,7 +102,7 @@ sys.path.insert(0, {tests!r})
 from pathlib import Path
 import test_pretrain
 from pipeline.store import FramesDataset
-ray.init(num_cpus=2, object_store_memory=200 << 20, include_dashboard=False, log_to_driver=False)
+ray.init("local", num_cpus=2, object_store_memory=200 << 20, include_dashboard=False, log_to_driver=False)
 try:
     config = dataclasses.replace(test_pretrain.CONFIG, epochs={epochs})
     test_pretrain.train(FramesDataset.open({data!r}), Path({folder!r}), config, resume={resume})

@@ -20,7 +20,7 @@ from pipeline.stream import all_batches, sample_frames, training_batches
 
 @pytest.fixture(scope="module", autouse=True)
 def _ray():
-    ray.init(num_cpus=2, object_store_memory=200 << 20, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, object_store_memory=200 << 20, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

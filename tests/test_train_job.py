@@ -33,7 +33,7 @@ RECIPE = TrainRecipe(
 
 @pytest.fixture(scope="module", autouse=True)
 def _ray_session():
-    ray.init(num_cpus=2, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

@@ -45,10 +45,11 @@ def train(config: LatentDQNConfig, agent_steps: int, folder: Path) -> None:
 
 
 def search(config: LatentDQNConfig, agent_steps: int, folder: Path) -> None:
-    """The same configuration under Tune, with two learning rates."""
+    """The same configuration under Tune, with two learning rates; each trial plays in its own process."""
+    alone = config.copy(copy_frozen=False).env_runners(num_env_runners=0)
     trials = tune.Tuner(
         LatentDQN,
-        param_space=config.copy(copy_frozen=False).training(lr=tune.grid_search([1e-4, 3e-4])),
+        param_space=alone.training(lr=tune.grid_search([1e-4, 3e-4])),
         tune_config=tune.TuneConfig(max_concurrent_trials=1),
         run_config=tune.RunConfig(
             storage_path=str(folder / "tune"), stop={f"{RESULTS_KEY}/agent_steps": agent_steps}, verbose=0
