@@ -20,7 +20,7 @@ from pipeline import models
 from pipeline.artifact import load_preprocess
 from pipeline.atari import preprocess_for
 from pipeline.errors import UserError
-from pipeline.models.latent import ModelConfig, ModelSettings
+from pipeline.models.latent import ModelSettings
 from pipeline.registry import Resolved, Run, Tracking, check_model_name, register_policy, resolve
 from pipeline.schema import Preprocess
 from rllib_ext.algorithm import RESULTS_KEY, LatentDQN
@@ -89,6 +89,7 @@ class Training:
             raise UserError(f"--num-env-runners is {self.num_env_runners}; give 0 (in this process) or more")
         if self.num_learners < 0:
             raise UserError(f"--num-learners is {self.num_learners}; give 0 (in this process) or more")
+        self.q.check(self.mode)
         self.train.check(num_lanes=self.train.envs_per_runner)
 
     def describe_workers(self) -> str:
@@ -367,7 +368,7 @@ class _Session:
             q=self._plan.q,
             action_names=self._preprocess.action_set,
             encoder=_origin(self._resolved),
-            encoder_config=models.to_record(_architecture(algorithm, self._preprocess)),
+            encoder_config=_architecture(algorithm, self._preprocess),
         )
         card = {
             "Agent steps": algorithm.agent_steps,
@@ -391,6 +392,6 @@ def _origin(resolved: Resolved | None) -> dict[str, str | None] | None:
     return {"address": resolved.uri or resolved.address, "version": resolved.version, "sha256": resolved.sha256}
 
 
-def _architecture(algorithm: LatentDQN, preprocess: Preprocess) -> ModelConfig:
-    settings: ModelSettings = algorithm.config.encoder_config
-    return settings.for_frames(preprocess.height, preprocess.width)
+def _architecture(algorithm: LatentDQN, preprocess: Preprocess) -> dict[str, Any] | None:
+    settings: ModelSettings | None = algorithm.config.encoder_config
+    return None if settings is None else models.to_record(settings.for_frames(preprocess.height, preprocess.width))

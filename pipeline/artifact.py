@@ -40,6 +40,7 @@ __all__ = [
     "pack",
     "save_encoder",
     "unpack",
+    "weights_sha256",
 ]
 
 CONFIG_FILE = "config.json"
@@ -133,13 +134,14 @@ class Encoder(nn.Module):
         """As `forward`, for any number of frames (N, H, W), in batches and without gradient."""
         return torch.cat([self(batch) for batch in torch.split(frames, ENCODE_BATCH)])
 
-    def weights_sha256(self) -> str:
-        """Hash of the names and bytes of all parameters and buffers: equal only if no bit has moved."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+
+def weights_sha256(net: nn.Module) -> str:
+    """Hash of the names and bytes of all parameters and buffers: equal only if no bit has moved."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(net.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def from_scratch(settings: ModelSettings, preprocess: Preprocess) -> Encoder:

@@ -23,7 +23,8 @@ from rllib_ext.learner import LatentDQNLearner
 from rllib_ext.module import SPEC_KEY, LatentQModule, QModuleSpec
 from rllib_ext.replay import ReplaySpec, required_bytes
 from rllib_ext.runner import EnvFactory, LatentEnvRunner, atari_factory
-from rllib_ext.settings import MODES, DQNSettings, QConfig, replace_known
+from rllib_ext.networks import NatureConvolutions
+from rllib_ext.settings import MODES, NATURE, DQNSettings, QConfig, replace_known
 from rllib_ext.shared_bundle import SharedBundle
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class LatentDQNConfig(AlgorithmConfig):
         Args:
             choices: Any of `preprocess` (of the environment's frames), `mode` ("frozen", "finetune" or "pixels"),
                 `encoder` (folder of an encoder bundle; not for pixels), `encoder_sha256` (what the bundle must hash
-                to), `encoder_config` (the architecture, for pixels), `q` (a QConfig), `env_factory` (callable
+                to), `encoder_config` (its architecture, where pixels mode has one), `q` (a QConfig), `env_factory` (callable
                 (preprocess, num_envs, num_threads) -> VectorAtari; the ALE by default) and `run_id` (written into
                 checkpoints; only this run's are resumed).
 
@@ -218,8 +219,9 @@ class LatentDQNConfig(AlgorithmConfig):
             raise UserError(f"unknown mode {self.mode!r}; choose one of {', '.join(MODES)}")
         if self.preprocess is None:
             raise UserError("no preprocess given; pass latent(preprocess=preprocess_for(GAME))")
-        if self.mode == "pixels" and self.encoder_config is None:
-            raise UserError("mode pixels needs an architecture; pass latent(encoder_config=...)")
+        self.q.check(self.mode)
+        if self.mode == "pixels" and self.q.torso != NATURE and self.encoder_config is None:
+            raise UserError("mode pixels needs an architecture; pass latent(encoder_config=...), or q.torso 'nature'")
         if self.mode == "pixels" and self.encoder_path is not None:
             raise UserError(f"mode pixels takes no encoder, and {self.encoder_path} was given; drop one of the two")
         if self.mode != "pixels" and self.encoder_path is None:
@@ -227,6 +229,10 @@ class LatentDQNConfig(AlgorithmConfig):
 
     def _read_encoder(self) -> None:
         assert self.preprocess is not None
+        if self.q.torso == NATURE:
+            torso = NatureConvolutions(self.settings.stack, self.preprocess.height, self.preprocess.width)
+            self.z_dim, self.encoder_config = torso.z_dim, None
+            return
         if self.encoder_path is None:
             self.z_dim = artifact.from_scratch(self.encoder_config, self.preprocess).z_dim
             return

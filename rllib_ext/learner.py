@@ -27,6 +27,7 @@ from rllib_ext.losses import TDLoss
 from rllib_ext.module import QF_NEXT_CHOOSER, QF_OUTPUTS, QF_TARGET_NEXT_OUTPUTS, LatentQModule
 from rllib_ext.networks import blend
 from rllib_ext.replay import Transitions
+from pipeline import artifact
 from rllib_ext.settings import DQNSettings
 
 HEAD = "head"
@@ -220,7 +221,7 @@ class LatentDQNLearner(TorchLearner):
     def weights_sha256(self) -> str | None:
         """Hash of the encoder's parameters inside the module; None where it holds no encoder."""
         encoder = self.q_module.network.encoder
-        return None if encoder is None else encoder.weights_sha256()
+        return None if encoder is None else artifact.weights_sha256(encoder)
 
 
 def _tensors(own: Transitions) -> dict[str, Tensor]:

@@ -3,7 +3,8 @@
     frozen    reads stacked latents; the encoder is not in the module at all, so that online and target network
               read the same latents: they share it by construction
     finetune  reads stacked frames; the pretrained encoder is inside and trained with its own rate
-    pixels    reads stacked frames; the same encoder architecture from scratch: the baseline
+    pixels    reads stacked frames; the same encoder architecture from scratch, or the convolutions of the DQN paper:
+              the baselines
 
 Where the encoder is inside, the target network has a copy of its own, which lags behind as its head does.
 
@@ -25,8 +26,8 @@ from torch import Tensor
 from pipeline import artifact
 from pipeline.artifact import Encoder
 from pipeline.schema import Preprocess
-from rllib_ext.networks import QHead, QNetwork
-from rllib_ext.settings import DQNSettings, QConfig
+from rllib_ext.networks import NatureConvolutions, QNetwork, q_network
+from rllib_ext.settings import NATURE, DQNSettings, QConfig
 from rllib_ext.shared_bundle import SharedBundle
 
 QF_PREDS = "qf_preds"  # values (B, A); RLlib's name
@@ -43,8 +44,8 @@ class QModuleSpec:
     Attributes:
         mode: "frozen", "finetune" or "pixels".
         preprocess: The environment's frames.
-        z_dim: Length of a latent.
-        q: The head.
+        z_dim: Length of a latent, or number of features of a torso that reads the stack.
+        q: The head, and the torso.
         settings: The run's settings (stack, double).
         encoder_config: The encoder's architecture.
         bundle: The pretrained encoder; None in pixels mode.
@@ -58,19 +59,20 @@ class QModuleSpec:
     encoder_config: Any
     bundle: SharedBundle | None
 
-    def build_encoder(self) -> Encoder | None:
+    def build_encoder(self) -> Encoder | NatureConvolutions | None:
         """The encoder that belongs inside the module; None in frozen mode."""
         if self.mode == "frozen":
             return None
         if self.mode == "finetune":
             assert self.bundle is not None
             return self.bundle.load(self.preprocess)
+        if self.q.torso == NATURE:
+            return NatureConvolutions(self.settings.stack, self.preprocess.height, self.preprocess.width)
         return artifact.from_scratch(self.encoder_config, self.preprocess)
 
     def build_network(self, num_actions: int) -> QNetwork:
         """The online network with fresh head weights."""
-        head = QHead(self.settings.stack, self.z_dim, num_actions, self.q)
-        return QNetwork(head, self.build_encoder())
+        return q_network(self.q, self.settings.stack, self.z_dim, num_actions, self.build_encoder())
 
 
 class LatentQModule(TorchRLModule, QNetAPI, TargetNetworkAPI, InferenceOnlyAPI):

@@ -1,6 +1,7 @@
 """Plain torch Q networks: a head on stacked features, and an encoder with a head on stacked frames. No Ray.
 
 References:
+    Mnih et al. (2015), Human-level control through deep reinforcement learning. doi:10.1038/nature14236.
     Wang et al. (2016), Dueling Network Architectures for Deep Reinforcement Learning. arXiv:1511.06581.
     Hessel et al. (2018), Rainbow, section on the integrated agent. arXiv:1710.02298.
 
@@ -14,8 +15,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import UserError
 from rllib_ext.losses import expected_values
-from rllib_ext.settings import QConfig
+from rllib_ext.settings import NATURE, QConfig
 
 
 class QHead(nn.Module):
@@ -73,25 +75,76 @@ class QHead(nn.Module):
         return self.values(self.outputs(z_BKZ))
 
 
+class NatureConvolutions(nn.Module):
+    """The three convolutions of Mnih et al. (2015), over the whole stack at once.
+
+    With one hidden layer of 512 after them they are that paper's network, which Stable-Baselines3 plays Atari with too.
+
+    Attributes:
+        z_dim: Number of features.
+    """
+
+    def __init__(self, stack: int, height: int, width: int) -> None:
+        """For stacks of K frames.
+
+        Raises:
+            UserError: The frames are smaller than the convolutions reach.
+        """
+        super().__init__()
+        sizes = [((side - 8) // 4 - 2) // 2 - 1 for side in (height, width)]
+        if min(sizes) < 1:
+            raise UserError(f"q.torso nature reads frames of at least 36x36 pixels, and these have {height}x{width}")
+        self.z_dim = 64 * sizes[0] * sizes[1]
+        self.layers = nn.Sequential(
+            *(nn.Conv2d(stack, 32, 8, stride=4), nn.ReLU(inplace=True)),
+            *(nn.Conv2d(32, 64, 4, stride=2), nn.ReLU(inplace=True)),
+            *(nn.Conv2d(64, 64, 3), nn.ReLU(inplace=True)),
+        )
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """(B, K, H, W) uint8 -> (B, Z) float32, channels last: as they lie in memory in that layout."""
+        features: Tensor = self.layers(obs * (1 / 255))
+        return features.permute(0, 2, 3, 1).flatten(1)
+
+
 class QNetwork(nn.Module):
     """The whole way from what the replay holds to values; the encoder is absent where latents are given."""
 
     def __init__(self, head: QHead, encoder: nn.Module | None = None) -> None:
-        """`encoder` maps (N, H, W) uint8 to (N, Z) float32."""
+        """`encoder` maps (N, H, W) uint8 to (N, Z) float32, or is NatureConvolutions, and `head` reads one latent."""
         super().__init__()
         self.head = head
         self.encoder = encoder
 
     def outputs(self, obs: Tensor) -> Tensor:
         """(B, K, Z) latents, or (B, K, H, W) uint8 frames where there is an encoder -> the head's outputs."""
+        return self.head.outputs(self._features(obs))
+
+    def _features(self, obs: Tensor) -> Tensor:
         if self.encoder is None:
-            return self.head.outputs(obs)
-        z_NZ = self.encoder(obs.flatten(0, 1))
-        return self.head.outputs(z_NZ.unflatten(0, obs.shape[:2]))
+            return obs
+        if isinstance(self.encoder, NatureConvolutions):
+            return self.encoder(obs)[:, None]
+        z_NZ: Tensor = self.encoder(obs.flatten(0, 1))
+        return z_NZ.unflatten(0, obs.shape[:2])
 
     def forward(self, obs: Tensor) -> Tensor:
         """As `outputs`, to values (B, A) float32."""
         return self.head.values(self.outputs(obs))
+
+
+def q_network(q: QConfig, stack: int, z_dim: int, num_actions: int, encoder: nn.Module | None) -> QNetwork:
+    """A network with fresh head weights.
+
+    Args:
+        q: The head.
+        stack: Observations that are seen at once.
+        z_dim: Features of each, or of all together where the torso reads the stack.
+        num_actions: Values that come out.
+        encoder: What makes them from frames; None where latents are given.
+    """
+    num_read = 1 if q.torso == NATURE else stack
+    return QNetwork(QHead(num_read, z_dim, num_actions, q), encoder)
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ from pipeline.artifact import Encoder
 from pipeline.errors import UserError
 from pipeline.models.latent import ModelConfig
 from pipeline.schema import Preprocess
-from rllib_ext.networks import QHead, QNetwork
+from rllib_ext.networks import NatureConvolutions, QNetwork, q_network
 from rllib_ext.settings import QConfig
 from rllib_ext.stacking import RollingStack
 
@@ -49,11 +49,11 @@ class PolicyConfig:
     Attributes:
         mode: "frozen", "finetune" or "pixels".
         stack: Latents that the head reads.
-        z_dim: Length of a latent.
-        q: The head.
+        z_dim: Length of a latent, or number of features of a torso that reads the stack.
+        q: The head, and the torso.
         action_names: One a value of the head.
         encoder: Address, version and sha256 of the encoder the run started from; None in pixels mode.
-        encoder_config: The encoder's architecture, as `pipeline.models.to_record` writes it.
+        encoder_config: The encoder's architecture, as `pipeline.models.to_record` writes it; None of another torso.
     """
 
     mode: str
@@ -62,7 +62,7 @@ class PolicyConfig:
     q: QConfig
     action_names: tuple[str, ...]
     encoder: Mapping[str, str | None] | None
-    encoder_config: Mapping[str, Any]
+    encoder_config: Mapping[str, Any] | None
 
     def to_json(self) -> str:
         """Indented JSON."""
@@ -96,19 +96,21 @@ class Policy:
     Attributes:
         config: What it is.
         preprocess: How its frames must be made.
-        encoder: Frames to latents.
+        encoder: Frames to latents, or a stack of them to features.
         bundle_path: Where it was loaded from.
         sha256: Of that bundle.
     """
 
-    def __init__(self, config: PolicyConfig, preprocess: Preprocess, network: QNetwork, encoder: Encoder) -> None:
+    def __init__(
+        self, config: PolicyConfig, preprocess: Preprocess, network: QNetwork, encoder: Encoder | NatureConvolutions
+    ) -> None:
         """Takes the parts; `load_policy` fills in where they came from."""
         self.config = config
         self.preprocess = preprocess
         self.encoder = encoder.eval().requires_grad_(False)
         self.bundle_path: Path | None = None
         self.sha256 = ""
-        self._head = network.head.eval().requires_grad_(False)
+        self._network = network.eval().requires_grad_(False)
         self._rolling = RollingStack(config.stack)
 
     @property
@@ -136,11 +138,14 @@ class Policy:
 
     @torch.inference_mode()
     def values(self, frames: NDArray[np.uint8], is_first: NDArray[np.bool_]) -> Tensor:
-        """Values (E, A) float32 of the newest frames; each frame is encoded once and counted as seen."""
+        """Values (E, A) float32 of the newest frames; each is encoded once, where that can be, and counted as seen."""
+        if isinstance(self.encoder, NatureConvolutions):
+            values: Tensor = self._network(torch.from_numpy(self._rolling.push(frames, is_first)))
+            return values
         z_EZ = self.encoder.encode(torch.from_numpy(frames))
         if self.mode == "frozen":
             z_EZ = z_EZ.to(torch.float16)  # the precision in which it was trained
-        values: Tensor = self._head(torch.from_numpy(self._rolling.push(z_EZ.numpy(), is_first)))
+        values = self._network.head(torch.from_numpy(self._rolling.push(z_EZ.numpy(), is_first)))
         return values
 
 
@@ -192,18 +197,20 @@ def load_policy(path: str | Path) -> Policy:
     config = PolicyConfig.from_json((path / CONFIG_FILE).read_text())
     preprocess = Preprocess.from_json((path / PREPROCESS_FILE).read_text())
     encoder = _load_encoder(path, config, preprocess)
-    head = QHead(config.stack, config.z_dim, len(config.action_names), config.q)
-    network = QNetwork(head, None if config.mode == "frozen" else encoder)
+    inside = None if config.mode == "frozen" else encoder
+    network = q_network(config.q, config.stack, config.z_dim, len(config.action_names), inside)
     network.load_state_dict(load_file(path / WEIGHTS_FILE))
     policy = Policy(config, preprocess, network, encoder)
     policy.bundle_path, policy.sha256 = path, sha256
     return policy
 
 
-def _load_encoder(path: Path, config: PolicyConfig, preprocess: Preprocess) -> Encoder:
+def _load_encoder(path: Path, config: PolicyConfig, preprocess: Preprocess) -> Encoder | NatureConvolutions:
     if config.encoder is not None:
         expected = config.encoder["sha256"]
         return artifact.load_encoder(path / ENCODER_FOLDER, expect_sha256=expected, preprocess=preprocess)
+    if config.encoder_config is None:
+        return NatureConvolutions(config.stack, preprocess.height, preprocess.width)
     built_from: ModelConfig = models.from_record(dict(config.encoder_config))
     return artifact.from_scratch(built_from, preprocess)
 

@@ -30,6 +30,7 @@ from pipeline.schema import Preprocess
 from rllib_ext.connectors import IS_FIRST, EncodeObservations
 from rllib_ext.module import LatentQModule
 from rllib_ext.replay import Rows
+from pipeline.artifact import weights_sha256
 from rllib_ext.settings import DQNSettings
 from rllib_ext.workers import Request
 
@@ -296,9 +297,9 @@ class LatentEnvRunner(EnvRunner, Checkpointable):
     def encoder_sha256(self) -> str | None:
         """Hash of the parameters of the encoder that this runner uses; None in a driver that only learns."""
         if self.module.network.encoder is not None:
-            return self.module.network.encoder.weights_sha256()
+            return weights_sha256(self.module.network.encoder)
         pieces = self._env_to_module[EncodeObservations]
-        return pieces[0].encoder.weights_sha256() if self.env is not None else None
+        return weights_sha256(pieces[0].encoder) if self.env is not None else None
 
     def assert_healthy(self) -> None:
         """Fails where construction did not come to its end."""

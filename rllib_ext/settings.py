@@ -15,7 +15,10 @@ from pipeline.errors import UserError
 
 T = TypeVar("T")
 
-MODES = ("frozen", "finetune", "pixels")
+PIXELS = "pixels"
+MODES = ("frozen", "finetune", PIXELS)
+ENCODER_TORSO, NATURE = "encoder", "nature"
+TORSOS = (ENCODER_TORSO, NATURE)
 _CHOICES = {"exploration": ("schedule", "apex"), "precision": ("float32", "bf16", "auto")}
 
 
@@ -31,6 +34,9 @@ class QConfig:
             Bellemare et al. 2017).
         v_min: Lowest atom; only with several atoms.
         v_max: Highest atom.
+        torso: What makes features of frames in pixels mode: "encoder", the latent model's encoder from scratch, frame by
+            frame; or "nature", the convolutions of Mnih et al. (2015) over the stack, for which the paper's hidden
+            layer is (512,) without layer_norm. The other modes have the pretrained encoder.
     """
 
     hidden: tuple[int, ...] = (256,)
@@ -39,15 +45,30 @@ class QConfig:
     num_atoms: int = 1
     v_min: float = -10.0
     v_max: float = 10.0
+    torso: str = ENCODER_TORSO
 
     def __post_init__(self) -> None:
-        """Checks the widths and the atoms."""
+        """Checks the widths, the atoms and the torso."""
         if any(width < 1 for width in self.hidden):
             raise ValueError(f"q.hidden is {list(self.hidden)}; every width must be at least 1")
         if self.num_atoms < 1:
             raise ValueError(f"q.num_atoms is {self.num_atoms}; give 1 (expected returns) or more")
         if self.num_atoms > 1 and self.v_min >= self.v_max:
             raise ValueError(f"q.v_min is {self.v_min} and q.v_max is {self.v_max}; v_min must be the lower one")
+        if self.torso not in TORSOS:
+            raise ValueError(f"q.torso is {self.torso!r}; choose one of {', '.join(TORSOS)}")
+
+    def check(self, mode: str) -> None:
+        """Refuses what another mode has no use for.
+
+        Raises:
+            UserError: A torso of its own, where there is a pretrained encoder.
+        """
+        if mode != PIXELS and self.torso != ENCODER_TORSO:
+            raise UserError(
+                f"q.torso is {self.torso!r}, and mode {mode} reads frames with the pretrained encoder; leave it at "
+                f"{ENCODER_TORSO!r}, or take mode {PIXELS}"
+            )
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def test_a_loaded_policy_has_the_values_of_the_network_that_was_saved(tmp_path, 
             expected = network(torch.from_numpy(rolling.push(frames, is_first)))
         torch.testing.assert_close(policy.values(frames, is_first), expected.detach(), rtol=1e-4, atol=1e-5)
     assert policy.mode == mode
-    assert policy.encoder.weights_sha256() == encoder.weights_sha256()
+    assert weights_sha256(policy.encoder) == weights_sha256(encoder)
     assert policy.preprocess == catch_preprocess()
     assert policy.bundle_path == path
     assert len(policy.sha256) == 64

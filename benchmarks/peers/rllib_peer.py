@@ -9,6 +9,7 @@ import ale_py
 import gymnasium as gym
 from ray.rllib.algorithms.dqn import DQN, DQNConfig
 from ray.rllib.core import ALL_MODULES
+from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
 from ray.rllib.env.wrappers.atari_wrappers import wrap_atari_for_new_api_stack
 from ray.rllib.utils.metrics import (
     ENV_RUNNER_RESULTS,
@@ -22,6 +23,9 @@ from peers.measuring import Counts, ray_here
 
 BATCH = 32
 STEPS_PER_UPDATE = 4
+NATURE = DefaultModelConfig(
+    conv_filters=[[32, 8, 4], [64, 4, 2], [64, 3, 1]], conv_activation="relu", head_fcnet_hiddens=[512]
+)
 UNIFORM_BUFFER = {"type": "EpisodeReplayBuffer", "capacity": 50_000}
 
 
@@ -32,11 +36,22 @@ def make_env(_: Any) -> gym.Env[Any, Any]:
     return wrap_atari_for_new_api_stack(env, dim=84, frameskip=4, framestack=4)
 
 
-def rllib(num_env_runners: int, num_envs: int, warmup: int, is_prioritised: bool = True) -> Iterator[Counts]:
-    """Trains for ever, one update per four agent steps, double and dueling as it ships; yields once a second or so."""
+def rllib(
+    num_env_runners: int, num_envs: int, warmup: int, is_nature: bool, is_prioritised: bool = True
+) -> Iterator[Counts]:
+    """Trains for ever, one update per four agent steps, double and dueling as it ships; yields once a second or so.
+
+    Args:
+        num_env_runners: Remote ones; 0 samples in-process.
+        num_envs: Environments of each.
+        warmup: Agent steps before the first update.
+        is_nature: The convolutions of the DQN paper instead of RLlib's default ones.
+        is_prioritised: Priorities, as it ships, or uniform draws.
+    """
     register_env("pong", make_env)
     with ray_here():
-        algorithm = _config(num_env_runners, num_envs, warmup, is_prioritised).build_algo()
+        config = _config(num_env_runners, num_envs, warmup, is_prioritised)
+        algorithm = (config.rl_module(model_config=NATURE) if is_nature else config).build_algo()
         try:
             while True:
                 algorithm.train()

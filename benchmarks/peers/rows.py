@@ -15,6 +15,7 @@ from peers import measuring
 
 AS_RLLIB = {"train": {"double": True, "n_step": 1, "priority_alpha": 0.6, "priority_beta": 0.4}, "q": {"dueling": True}}
 AS_SB3 = {"train": {"double": False, "n_step": 1, "priority_alpha": 0.0}, "q": {"dueling": False}}
+NATURE = {"torso": "nature", "hidden": (512,), "layer_norm": False}  # the peers' network, or close to it
 POLL_S = 0.25
 
 
@@ -45,10 +46,11 @@ def rows(warmup: int, yardstick: str | None = None) -> dict[str, Row]:
         "frozen": _ours("frozen", "latentrl frozen, shipped recipe", warmup),
         "sb3": Row("sb3", "Stable-Baselines3 DQN: plain, uniform", _sb3_variants(warmup)),
         "frozen_as_rllib": _ours("frozen", "latentrl frozen: double, dueling, prioritised", warmup, AS_RLLIB),
-        "pixels_as_rllib": _ours("pixels", "latentrl pixels: double, dueling, prioritised", warmup, AS_RLLIB),
+        "pixels_as_rllib": _ours("pixels", "latentrl pixels: double, dueling, prioritised", warmup, _nature(AS_RLLIB)),
         "frozen_as_sb3": _ours("frozen", "latentrl frozen: plain, uniform", warmup, AS_SB3),
-        "pixels_as_sb3": _ours("pixels", "latentrl pixels: plain, uniform, float32", warmup, AS_SB3),
-        "pixels_best": _ours("pixels", "latentrl pixels: plain, uniform, best precision", warmup, AS_SB3, "auto"),
+        "pixels_as_sb3": _ours("pixels", "latentrl pixels: plain, uniform, float32", warmup, _nature(AS_SB3)),
+        "pixels_best": _ours("pixels", "latentrl pixels: plain, uniform, best precision", warmup, _nature(AS_SB3), "auto"),
+        "pixels_encoder": _ours("pixels", "latentrl pixels: plain, uniform, the encoder's architecture", warmup, AS_SB3),
         "pixels": _ours("pixels", "latentrl pixels, shipped recipe", warmup),
         "finetune": _ours("finetune", "latentrl finetune, shipped recipe", warmup),
         "hand_pixels": Row("hand", "hand-written pixel loop", {"": {"mode": "pixels", "warmup": warmup}}),
@@ -65,10 +67,16 @@ def rows(warmup: int, yardstick: str | None = None) -> dict[str, Row]:
     return table
 
 
+def _nature(features: dict[str, Any]) -> dict[str, Any]:
+    return {**features, "q": {**features["q"], **NATURE}}
+
+
 def _rllib_variants(warmup: int) -> dict[str, dict[str, Any]]:
     shapes = {"in-process, 8 environments": (0, 8), "in-process, 1 environment": (0, 1), "1 worker of 8": (1, 8)}
+    networks = {"": False, ", network of the DQN paper": True}
     return {
-        name: {"num_env_runners": runners, "num_envs": envs, "warmup": warmup}
+        name + network: {"num_env_runners": runners, "num_envs": envs, "warmup": warmup, "is_nature": is_nature}
+        for network, is_nature in networks.items()
         for name, (runners, envs) in shapes.items()
     }
 

@@ -33,7 +33,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) to the same shape."""
-        out: Tensor = x + self.mix(F.relu(self.spatial(F.relu(x))))
+        out: Tensor = self.mix(F.relu_(self.spatial(F.relu(x)))).add_(x)
         return out
 
 
@@ -57,8 +57,9 @@ def _blocks(width: int, count: int) -> list[nn.Module]:
 class ConvEncoder(nn.Module):
     """Patch stem, residual blocks, strided convolutions, and a head to mean and log-variance of z.
 
-    The mean frame is subtracted first, so that what moves is what the network sees. The head is one linear layer, or,
-    where z is a grid (`latent_channels`), one layer shared by all cells of the last feature map.
+    The mean frame is subtracted first, so that what moves is what the network sees. The stem is one matrix product on
+    patches that are cut while the frames are still bytes, a quarter of the traffic of cutting them as floats. The head is
+    one linear layer, or, where z is a grid (`latent_channels`), one layer shared by all cells of the last feature map.
     """
 
     mean_frame: Tensor
@@ -78,9 +79,10 @@ class ConvEncoder(nn.Module):
         halvings = len(widths) - 1
         padded_height, padded_width = padded_size(height, width, patch, halvings)
         self._padding = (0, padded_width - width, 0, padded_height - height)
+        self._patch = patch
         self.register_buffer("mean_frame", torch.zeros(height, width))
-        layers: list[nn.Module] = [nn.PixelUnshuffle(patch), nn.Conv2d(patch * patch, widths[0], 1)]
-        layers += _blocks(widths[0], num_blocks)
+        self.stem = nn.Linear(patch * patch, widths[0])
+        layers = _blocks(widths[0], num_blocks)
         for narrow, wide in itertools.pairwise(widths):
             layers += [nn.Conv2d(narrow, wide, 2, stride=2), *_blocks(wide, num_blocks)]
         self.layers = nn.Sequential(*layers, nn.ReLU())
@@ -93,12 +95,24 @@ class ConvEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> DiagonalGaussian:
         """q(z | x) of frames (B, H, W) uint8; the log-variance is held between -12 and 4."""
-        centred = (x - self.mean_frame) * (1 / LEVELS)
-        features = self.layers(F.pad(centred, self._padding)[:, None])
+        features = self.layers(self._embed(x))
         is_flat = isinstance(self.head, nn.Linear)
         mean, logvar = self.head(features.flatten(1) if is_flat else features).chunk(2, dim=1)
         logvar = logvar.flatten(1).clamp(MIN_POSTERIOR_LOGVAR, MAX_POSTERIOR_LOGVAR)
         return DiagonalGaussian(mean.flatten(1), logvar)
+
+    def _embed(self, x: Tensor) -> Tensor:
+        """Frames (B, H, W) uint8 to the stem's maps (B, C, h, w), in the channels-last layout."""
+        patches_BhwP = self._patches(x) - self._patches(self.mean_frame[None])
+        maps = F.linear(patches_BhwP, self.stem.weight / LEVELS, self.stem.bias)
+        return maps.permute(0, 3, 1, 2)
+
+    def _patches(self, x: Tensor) -> Tensor:
+        """(B, H, W) to the pixels of each patch, (B, h, w, P * P), of the same dtype."""
+        padded = F.pad(x, self._padding) if any(self._padding) else x
+        height, width = (side // self._patch for side in padded.shape[1:])
+        cut = padded.view(-1, height, self._patch, width, self._patch).transpose(2, 3)
+        return cut.reshape(-1, height, width, self._patch**2)
 
     @torch.no_grad()
     def standardise(self, frames: Tensor, mean_frame: Tensor) -> None:
