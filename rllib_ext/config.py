@@ -42,6 +42,7 @@ _HONOURED = {
     "validate_env_runners_after_construction",
     "seed",
     "log_level",
+    "log_sys_usage",
     "min_time_s_per_iteration",
     "callbacks_on_algorithm_init",
     "callbacks_on_train_result",
@@ -81,6 +82,7 @@ class LatentDQNConfig(AlgorithmConfig):
         self.broadcast_env_runner_states = False
         self.torch_skip_nan_gradients = True  # a check per parameter and update that costs more than it finds
         self.restart_failed_env_runners = True
+        self.log_sys_usage = False  # a thread that reads /proc beside the learner
         self.mode = "frozen"
         self.preprocess: Preprocess | None = None
         self.encoder_path: Path | None = None

@@ -26,6 +26,7 @@ from rllib_ext.connectors import EncodeObservations
 STEP_S = 0.01
 NUM_ENVS = 4
 NUM_FLOATS = 128
+FRAGMENT_LENGTH = 32  # many workers: fewer exchanges, each with more in it
 DECLARED_CPUS = 18
 UPDATES_PER_AGENT_STEP = 1 / 16
 EPISODE_STEPS = 500
@@ -102,7 +103,12 @@ def scaling(num_workers: int) -> Iterator[Counts]:
         noop_max=0,
         fire_reset=False,
     )
-    train = recipe.train.replace(envs_per_runner=NUM_ENVS, updates_per_agent_step=UPDATES_PER_AGENT_STEP, stack=1)
+    train = recipe.train.replace(
+        envs_per_runner=NUM_ENVS,
+        fragment_length=FRAGMENT_LENGTH,
+        updates_per_agent_step=UPDATES_PER_AGENT_STEP,
+        stack=1,
+    )
     with tempfile.TemporaryDirectory() as folder, ray_here(DECLARED_CPUS):
         config = FloatsConfig().latent(
             preprocess=preprocess,
