@@ -17,7 +17,7 @@ import torch
 from jobs.progress import progress
 from jobs.settings import save_resolved
 from jobs.workspace import Workspace
-from pipeline.artifact import load_model
+from pipeline.artifact import Encoder, load_model
 from pipeline.atari import preprocess_for
 from pipeline.bootstrap import bootstrap_interval
 from pipeline.errors import UserError
@@ -157,6 +157,7 @@ def reconstructor(policy: Policy) -> Reconstruct | None:
     if policy.bundle_path is None or policy.config.encoder is None:
         return None
     decoder, encoder = load_model(policy.bundle_path / ENCODER_FOLDER), policy.encoder
+    assert isinstance(encoder, Encoder), "a policy with a bundle of an encoder reads frames with it"
 
     @torch.inference_mode()
     def reconstruct(frames: Pixels) -> Pixels:

@@ -21,9 +21,9 @@ from pipeline.schema import Preprocess
 from rllib_ext.connectors import EncodeObservations, StackObservations
 from rllib_ext.learner import LatentDQNLearner
 from rllib_ext.module import SPEC_KEY, LatentQModule, QModuleSpec
+from rllib_ext.networks import NatureConvolutions
 from rllib_ext.replay import ReplaySpec, required_bytes
 from rllib_ext.runner import EnvFactory, LatentEnvRunner, atari_factory
-from rllib_ext.networks import NatureConvolutions
 from rllib_ext.settings import MODES, NATURE, DQNSettings, QConfig, replace_known
 from rllib_ext.shared_bundle import SharedBundle
 
@@ -102,9 +102,9 @@ class LatentDQNConfig(AlgorithmConfig):
         Args:
             choices: Any of `preprocess` (of the environment's frames), `mode` ("frozen", "finetune" or "pixels"),
                 `encoder` (folder of an encoder bundle; not for pixels), `encoder_sha256` (what the bundle must hash
-                to), `encoder_config` (its architecture, where pixels mode has one), `q` (a QConfig), `env_factory` (callable
-                (preprocess, num_envs, num_threads) -> VectorAtari; the ALE by default) and `run_id` (written into
-                checkpoints; only this run's are resumed).
+                to), `encoder_config` (its architecture, where pixels mode has one), `q` (a QConfig), `env_factory`
+                (callable (preprocess, num_envs, num_threads) -> VectorAtari; the ALE by default) and `run_id` (written
+                into checkpoints; only this run's are resumed).
 
         Raises:
             UserError: An unknown choice.

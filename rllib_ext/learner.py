@@ -21,13 +21,13 @@ from ray.rllib.core.columns import Columns
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from torch import Tensor, nn
 
+from pipeline import artifact
 from pipeline.errors import UserError
 from rllib_ext import compat, losses
 from rllib_ext.losses import TDLoss
 from rllib_ext.module import QF_NEXT_CHOOSER, QF_OUTPUTS, QF_TARGET_NEXT_OUTPUTS, LatentQModule
 from rllib_ext.networks import blend
 from rllib_ext.replay import Transitions
-from pipeline import artifact
 from rllib_ext.settings import DQNSettings
 
 HEAD = "head"

@@ -91,7 +91,7 @@ class NatureConvolutions(nn.Module):
             UserError: The frames are smaller than the convolutions reach.
         """
         super().__init__()
-        sizes = [((side - 8) // 4 - 2) // 2 - 1 for side in (height, width)]
+        sizes = [((side - 8) // 4 - 3) // 2 - 1 for side in (height, width)]
         if min(sizes) < 1:
             raise UserError(f"q.torso nature reads frames of at least 36x36 pixels, and these have {height}x{width}")
         self.z_dim = 64 * sizes[0] * sizes[1]
@@ -126,7 +126,7 @@ class QNetwork(nn.Module):
         if isinstance(self.encoder, NatureConvolutions):
             return self.encoder(obs)[:, None]
         z_NZ: Tensor = self.encoder(obs.flatten(0, 1))
-        return z_NZ.unflatten(0, obs.shape[:2])
+        return z_NZ.view(*obs.shape[:2], -1)
 
     def forward(self, obs: Tensor) -> Tensor:
         """As `outputs`, to values (B, A) float32."""

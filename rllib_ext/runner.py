@@ -25,12 +25,12 @@ from ray.rllib.env.env_runner import EnvRunner
 from ray.rllib.utils.checkpoints import Checkpointable
 from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME, WEIGHTS_SEQ_NO
 
+from pipeline.artifact import weights_sha256
 from pipeline.atari import Step, VectorAtari, make_vector
 from pipeline.schema import Preprocess
 from rllib_ext.connectors import IS_FIRST, EncodeObservations
 from rllib_ext.module import LatentQModule
 from rllib_ext.replay import Rows
-from pipeline.artifact import weights_sha256
 from rllib_ext.settings import DQNSettings
 from rllib_ext.workers import Request
 

@@ -34,8 +34,8 @@ class QConfig:
             Bellemare et al. 2017).
         v_min: Lowest atom; only with several atoms.
         v_max: Highest atom.
-        torso: What makes features of frames in pixels mode: "encoder", the latent model's encoder from scratch, frame by
-            frame; or "nature", the convolutions of Mnih et al. (2015) over the stack, for which the paper's hidden
+        torso: What makes features of frames in pixels mode: "encoder", the latent model's encoder from scratch, frame
+            by frame; or "nature", the convolutions of Mnih et al. (2015) over the stack, for which the paper's hidden
             layer is (512,) without layer_norm. The other modes have the pretrained encoder.
     """
 

@@ -7,12 +7,16 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from toy_frames import toy_frames
 
 from pipeline import models
 from pipeline.models.distributions import DiagonalGaussian, PixelGaussian, bits_per_dim, kl_divergence
 from pipeline.models.latent import LatentModel, ModelConfig
+from pipeline.models.nets import ConvEncoder, padded_size
 from pipeline.models.vae import VAE, VARIANCES, VAESettings
 
 
@@ -143,6 +147,28 @@ def test_standard_deviation_stays_above_its_floor(variance):
     model = tiny(variance, min_std=2.0)
     model.raw_logvar.data.fill_(-50.0)
     assert float(model.decode(torch.randn(3, 5)).variance.min().detach()) >= 4.0 - 1e-4
+
+
+@given(
+    height=st.integers(1, 30),
+    width=st.integers(1, 30),
+    patch=st.integers(1, 7),
+    num_widths=st.integers(1, 3),
+    seed=st.integers(0, 9),
+)
+def test_the_stem_is_a_projection_of_centred_patches_of_padded_frames(height, width, patch, num_widths, seed):
+    torch.manual_seed(seed)
+    encoder = ConvEncoder(height, width, 3, patch, (4,) * num_widths, 0, 0)
+    encoder.mean_frame.uniform_(0, 255)
+    frames = torch.randint(0, 256, (2, height, width), dtype=torch.uint8)
+    kept = frames.clone()
+    padded_height, padded_width = padded_size(height, width, patch, num_widths - 1)
+    centred = torch.zeros(2, 1, padded_height, padded_width)
+    centred[:, 0, :height, :width] = (frames - encoder.mean_frame) / 256
+    weight = encoder.stem.weight[:, :, None, None]
+    expected = F.conv2d(F.pixel_unshuffle(centred, patch), weight, encoder.stem.bias)
+    torch.testing.assert_close(encoder._embed(frames), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(frames, kept)
 
 
 def test_initialisation_puts_mean_and_variance_where_the_data_are():

@@ -13,6 +13,7 @@ from catch import catch_preprocess
 from rl_toys import TOY_VAE, make_encoder
 
 from pipeline import artifact, models
+from pipeline.artifact import weights_sha256
 from pipeline.errors import UserError
 from rllib_ext.networks import QHead, QNetwork
 from rllib_ext.policy import PolicyConfig, load_policy, save_policy

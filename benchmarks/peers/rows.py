@@ -49,8 +49,12 @@ def rows(warmup: int, yardstick: str | None = None) -> dict[str, Row]:
         "pixels_as_rllib": _ours("pixels", "latentrl pixels: double, dueling, prioritised", warmup, _nature(AS_RLLIB)),
         "frozen_as_sb3": _ours("frozen", "latentrl frozen: plain, uniform", warmup, AS_SB3),
         "pixels_as_sb3": _ours("pixels", "latentrl pixels: plain, uniform, float32", warmup, _nature(AS_SB3)),
-        "pixels_best": _ours("pixels", "latentrl pixels: plain, uniform, best precision", warmup, _nature(AS_SB3), "auto"),
-        "pixels_encoder": _ours("pixels", "latentrl pixels: plain, uniform, the encoder's architecture", warmup, AS_SB3),
+        "pixels_best": _ours(
+            "pixels", "latentrl pixels: plain, uniform, best precision", warmup, _nature(AS_SB3), "auto"
+        ),
+        "pixels_encoder": _ours(
+            "pixels", "latentrl pixels: plain, uniform, the encoder's architecture", warmup, AS_SB3
+        ),
         "pixels": _ours("pixels", "latentrl pixels, shipped recipe", warmup),
         "finetune": _ours("finetune", "latentrl finetune, shipped recipe", warmup),
         "hand_pixels": Row("hand", "hand-written pixel loop", {"": {"mode": "pixels", "warmup": warmup}}),

@@ -58,8 +58,8 @@ class ConvEncoder(nn.Module):
     """Patch stem, residual blocks, strided convolutions, and a head to mean and log-variance of z.
 
     The mean frame is subtracted first, so that what moves is what the network sees. The stem is one matrix product on
-    patches that are cut while the frames are still bytes, a quarter of the traffic of cutting them as floats. The head is
-    one linear layer, or, where z is a grid (`latent_channels`), one layer shared by all cells of the last feature map.
+    patches, cut while the frames are still bytes: a quarter of the traffic of cutting floats. The head is one linear
+    layer, or, where z is a grid (`latent_channels`), one layer shared by all cells of the last feature map.
     """
 
     mean_frame: Tensor
