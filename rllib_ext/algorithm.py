@@ -75,7 +75,7 @@ class LatentDQN(Algorithm):
         """Puts the encoder into the object store, starts runners and learner, reserves the replay."""
         self.settings: DQNSettings = config.settings
         self.config = self._with_bundle(config)
-        torch.set_num_threads(self.settings.learner_threads)
+        torch.set_num_threads(self.config.learner_threads)
         super().setup(self.config)
         self.workers = RolloutWorkers(self.env_runner_group, self.settings, self.config.num_env_runners)
         self.seed = config.seed if config.seed is not None else int(np.random.SeedSequence().generate_state(1)[0])

@@ -47,6 +47,7 @@ _HONOURED = {
     "callbacks_on_algorithm_init",
     "callbacks_on_train_result",
 }
+_MOST_LEARNER_THREADS = 4  # two were worth 1.5 on pixels, on two cores; more than four have not been measured
 # Attributes that latent(), training() or RLlib itself set.
 _OWN = {
     *("mode", "preprocess", "encoder_path", "encoder_sha256", "encoder_config", "env_factory", "run_id"),
@@ -202,6 +203,13 @@ class LatentDQNConfig(AlgorithmConfig):
     def num_lanes(self) -> int:
         """Environments of all runners."""
         return max(1, self.num_env_runners) * self.settings.envs_per_runner
+
+    @property
+    def learner_threads(self) -> int:
+        """Threads of torch in each learner."""
+        if self.settings.learner_threads or self.mode == "frozen":
+            return self.settings.learner_threads or 1
+        return max(1, min(_MOST_LEARNER_THREADS, (os.cpu_count() or 1) // max(1, self.num_learners)))
 
     def _refuse_unsupported(self) -> None:
         if self.is_multi_agent:

@@ -78,7 +78,7 @@ class LatentDQNLearner(TorchLearner):
             UserError: The precision is not one of this processor's.
         """
         self.settings: DQNSettings = self.config.settings
-        torch.set_num_threads(self.settings.learner_threads)
+        torch.set_num_threads(self.config.learner_threads)
         self._autocast_dtype = resolve_precision(self.settings.precision)
         self.config.torch_ddp_kwargs = _DDP
         super().build()

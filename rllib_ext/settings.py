@@ -112,7 +112,8 @@ class DQNSettings:
         precision: "float32", or "bf16": forward passes of the update under autocast. "auto" is bf16 where the processor
             computes in it, else float32.
         runner_threads: Threads of a remote runner, for its environments and for torch.
-        learner_threads: Threads of torch in the driver.
+        learner_threads: Threads of torch in each learner; 0: one where it reads latents, its share of the cores, up to
+            four, where it trains an encoder.
     """
 
     lr: float = 1e-4
@@ -145,7 +146,7 @@ class DQNSettings:
     grad_clip: float = 10.0
     precision: str = "float32"
     runner_threads: int = 1
-    learner_threads: int = 1
+    learner_threads: int = 0
 
     @property
     def fragment_steps(self) -> int:
@@ -242,10 +243,10 @@ _SHARE: tuple[Callable[[Any], bool], str] = (lambda v: 0 <= v <= 1, "it must lie
 _FIELD_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     *((name, *_POSITIVE) for name in ("lr", "encoder_lr", "adam_epsilon", "batch_size", "n_step", "stack")),
     *((name, *_POSITIVE) for name in ("updates_per_agent_step", "replay_capacity", "envs_per_runner")),
-    *((name, *_POSITIVE) for name in ("fragment_length", "runner_threads", "learner_threads")),
+    *((name, *_POSITIVE) for name in ("fragment_length", "runner_threads")),
     *((name, *_POSITIVE) for name in ("max_lead_fragments", "max_updates_per_step", "checkpoint_agent_steps")),
     *((name, *_NATURAL) for name in ("warmup_agent_steps", "epsilon_decay_agent_steps", "reward_clip", "grad_clip")),
-    *((name, *_NATURAL) for name in ("target_update_updates",)),
+    *((name, *_NATURAL) for name in ("target_update_updates", "learner_threads")),
     *((name, *_SHARE) for name in ("gamma", "epsilon_start", "epsilon_end", "target_tau")),
     *((name, *_SHARE) for name in ("priority_alpha", "priority_beta")),
 )

@@ -198,3 +198,14 @@ def test_a_checked_configuration_stands_another_check(tmp_path):
     config.validate()
     config.training(lr=2e-3).validate()
     assert config.lr == 2e-3
+
+
+def test_a_learner_takes_the_cores_only_where_it_trains_an_encoder(tmp_path, monkeypatch):
+    encoder = make_encoder(tmp_path / "encoder")
+    for cores, finetune, of_two in ((1, 1, 1), (2, 2, 1), (6, 4, 3), (64, 4, 4)):
+        monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
+        assert toy_config("frozen", encoder).learner_threads == 1
+        assert toy_config("finetune", encoder).learner_threads == finetune
+        assert toy_config("finetune", encoder).learners(num_learners=2).learner_threads == of_two
+        assert toy_config("frozen", encoder, learner_threads=3).learner_threads == 3
+        assert toy_config("pixels", None, learner_threads=1).learner_threads == 1

@@ -16,6 +16,7 @@ from rllib_ext.settings import replace_known
 
 PLAIN = {"double": False, "n_step": 1, "priority_alpha": 0.0}  # what Stable-Baselines3's DQN does
 PLAIN_Q = {"dueling": False, "num_atoms": 1}
+PIXELS_Q = {**PLAIN_Q, "torso": "nature", "hidden": (512,), "layer_norm": False}  # and its network
 RALLY = {"warmup_agent_steps": 1_000, "epsilon_decay_agent_steps": 8_000, "lr": 3e-4, "target_update_updates": 250}
 
 
@@ -62,11 +63,11 @@ TASKS = {
         30_000,
         3,
         {
-            "sb3": Arm("Stable-Baselines3 DQN, pixels", "sb3", {**RALLY, **PLAIN}, PLAIN_Q),
-            "pixels": Arm("latentrl, pixels, same settings", "pixels", {**RALLY, **PLAIN}, PLAIN_Q),
-            "pixels-sync": Arm("... synchronous", "pixels", {**RALLY, **PLAIN, "synchronous": True}, PLAIN_Q),
+            "sb3": Arm("Stable-Baselines3 DQN, pixels", "sb3", {**RALLY, **PLAIN}, PIXELS_Q),
+            "pixels": Arm("latentrl, pixels, same network and settings", "pixels", {**RALLY, **PLAIN}, PIXELS_Q),
+            "pixels-sync": Arm("... synchronous", "pixels", {**RALLY, **PLAIN, "synchronous": True}, PIXELS_Q),
             "pixels-4-workers": Arm(
-                "... 4 workers of 4 environments", "pixels", {**RALLY, **PLAIN, "envs_per_runner": 4}, PLAIN_Q, 4
+                "... 4 workers of 4 environments", "pixels", {**RALLY, **PLAIN, "envs_per_runner": 4}, PIXELS_Q, 4
             ),
         },
         window=40,
@@ -75,8 +76,8 @@ TASKS = {
         100_000,
         1,
         {
-            "sb3": Arm("Stable-Baselines3 DQN, pixels", "sb3", PLAIN, PLAIN_Q),
-            "pixels": Arm("latentrl, pixels, same settings", "pixels", PLAIN, PLAIN_Q),
+            "sb3": Arm("Stable-Baselines3 DQN, pixels", "sb3", PLAIN, PIXELS_Q),
+            "pixels": Arm("latentrl, pixels, same network and settings", "pixels", PLAIN, PIXELS_Q),
         },
     ),
     "pong": Task(
