@@ -26,6 +26,7 @@ RATIOS = {
     "pixels_over_rllib": ("pixels_as_rllib", "rllib"),
     "pixels_over_sb3": ("pixels_as_sb3", "sb3"),
     "pixels_best_over_sb3": ("pixels_best", "sb3"),
+    "pixels_encoder_over_sb3": ("pixels_encoder", "sb3"),
     "scaling_16_workers": ("scaling_16", "scaling_1"),
 }
 REPLAY_KEYS = (
@@ -205,11 +206,13 @@ for it.
 
 `pixels_over_*` and `frozen_same_features_over_*` give latentrl the peer's features (RLlib: double, dueling,
 prioritised; Stable-Baselines3: plain DQN, one step, uniform); the other `frozen_*` ratios are of the shipped recipe.
-Preprocessing and networks are each side's own: the peers read 84x84 grey frames, four stacked, through their own Atari
-wrappers (float32 in RLlib, uint8 in Stable-Baselines3) into their own convolutions.
+In these pairs pixels are read by the convolutions of Mnih et al. (2015), as in Stable-Baselines3; RLlib runs with its
+default convolutions or with those, whichever is faster. `pixels_encoder_over_sb3` is with the architecture of the
+shipped encoder instead, every frame of the stack on its own. Preprocessing is each side's own: 84x84 grey frames, four
+stacked, through the peers' own Atari wrappers (float32 in RLlib, uint8 in Stable-Baselines3).
 
 Resident memory is of the process and all below it, pages that several share counted once, when the measured window
 ends, so a faster row has filled more of its replay. Seconds to the first update count from the start of the process,
 imports and Ray included. The simulated environment sleeps 10 ms per vector step of four environments and gives 128
-floats; one update per 16 agent steps, 18 declared CPUs.
+floats; one update per 16 agent steps, fragments of 32 steps, 18 declared CPUs.
 """
