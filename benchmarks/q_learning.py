@@ -129,7 +129,8 @@ def main(arguments: list[str] | None = None) -> int:
     for failure in turns.failures:
         print(f"error: {failure}", file=sys.stderr)
     if options.write is not None:
-        said = sys.argv[1:] if arguments is None else arguments
+        given = sys.argv[1:] if arguments is None else arguments
+        said = [Path(word).name if Path(word).is_absolute() else word for word in given]  # no machine's paths
         results.write(options.write, result, table, shlex.join(["python", "benchmarks/q_learning.py", *said]))
     if options.json:
         print(json.dumps(result))

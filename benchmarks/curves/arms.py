@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jobs.recipes import TrainRecipe, train_recipe
+from peers.rows import NATURE
 from rllib_ext.settings import replace_known
 
 PLAIN = {"double": False, "n_step": 1, "priority_alpha": 0.0}  # what Stable-Baselines3's DQN does
 PLAIN_Q = {"dueling": False, "num_atoms": 1}
-PIXELS_Q = {**PLAIN_Q, "torso": "nature", "hidden": (512,), "layer_norm": False}  # and its network
+PIXELS_Q = {**PLAIN_Q, **NATURE}  # and its network
 RALLY = {"warmup_agent_steps": 1_000, "epsilon_decay_agent_steps": 8_000, "lr": 3e-4, "target_update_updates": 250}
 
 

@@ -26,7 +26,6 @@ STEPS_PER_UPDATE = 4
 NATURE = DefaultModelConfig(
     conv_filters=[[32, 8, 4], [64, 4, 2], [64, 3, 1]], conv_activation="relu", head_fcnet_hiddens=[512]
 )
-UNIFORM_BUFFER = {"type": "EpisodeReplayBuffer", "capacity": 50_000}
 
 
 def make_env(_: Any) -> gym.Env[Any, Any]:
@@ -36,9 +35,7 @@ def make_env(_: Any) -> gym.Env[Any, Any]:
     return wrap_atari_for_new_api_stack(env, dim=84, frameskip=4, framestack=4)
 
 
-def rllib(
-    num_env_runners: int, num_envs: int, warmup: int, is_nature: bool, is_prioritised: bool = True
-) -> Iterator[Counts]:
+def rllib(num_env_runners: int, num_envs: int, warmup: int, is_nature: bool) -> Iterator[Counts]:
     """Trains for ever, one update per four agent steps, double and dueling as it ships; yields once a second or so.
 
     Args:
@@ -46,11 +43,10 @@ def rllib(
         num_envs: Environments of each.
         warmup: Agent steps before the first update.
         is_nature: The convolutions of the DQN paper instead of RLlib's default ones.
-        is_prioritised: Priorities, as it ships, or uniform draws.
     """
     register_env("pong", make_env)
     with ray_here():
-        config = _config(num_env_runners, num_envs, warmup, is_prioritised)
+        config = _config(num_env_runners, num_envs, warmup)
         algorithm = (config.rl_module(model_config=NATURE) if is_nature else config).build_algo()
         try:
             while True:
@@ -60,11 +56,11 @@ def rllib(
             algorithm.stop()
 
 
-def _config(num_env_runners: int, num_envs: int, warmup: int, is_prioritised: bool) -> DQNConfig:
+def _config(num_env_runners: int, num_envs: int, warmup: int) -> DQNConfig:
     steps = num_envs * STEPS_PER_UPDATE * max(1, num_env_runners)  # of one sampling round
     # RLlib takes the round for (num_env_runners + 1) runners' when it turns this into updates a round.
     native = BATCH / (num_envs * STEPS_PER_UPDATE * (num_env_runners + 1))
-    config = (
+    return (
         DQNConfig()
         .environment("pong")
         .env_runners(
@@ -78,7 +74,6 @@ def _config(num_env_runners: int, num_envs: int, warmup: int, is_prioritised: bo
         .reporting(min_time_s_per_iteration=1, min_sample_timesteps_per_iteration=0)
         .debugging(seed=0, log_level="ERROR")
     )
-    return config if is_prioritised else config.training(replay_buffer_config=UNIFORM_BUFFER)
 
 
 def _counts(algorithm: DQN) -> Counts:
