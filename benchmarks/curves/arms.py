@@ -11,8 +11,9 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from jobs.recipes import TrainRecipe, train_recipe
 from peers.rows import NATURE
+
+from jobs.recipes import TrainRecipe, train_recipe
 from rllib_ext.settings import replace_known
 
 PLAIN = {"double": False, "n_step": 1, "priority_alpha": 0.0}  # what Stable-Baselines3's DQN does
