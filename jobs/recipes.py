@@ -51,9 +51,9 @@ _GRID = VAESettings(latent_channels=8, widths=(32, 32))
 _FLAT = VAESettings(z_dim=256, widths=(64, 64))
 _VAE = PretrainRecipe("vae", _GRID, PretrainConfig(epochs=5))
 _DQN = TrainRecipe("dqn", QConfig(), DQNSettings(), _GRID)
-# An update on latents is cheap: twice as many, on distributions of long returns, where agent steps are what is dear.
-_EFFICIENT = TrainRecipe(
-    "efficient",
+# Distributions of long returns learn more of an agent step.
+_DEMO = TrainRecipe(
+    "demo",
     QConfig(dueling=True, num_atoms=51),
     DQNSettings(
         updates_per_agent_step=0.5,
@@ -63,6 +63,10 @@ _EFFICIENT = TrainRecipe(
         epsilon_decay_agent_steps=10_000,
     ),
     _GRID,
+)
+# An update on latents is cheap: one for every agent step, where agent steps are what is dear.
+_EFFICIENT = replace(
+    _DEMO, name="efficient", train=replace(_DEMO.train, updates_per_agent_step=1.0, target_update_updates=2_000)
 )
 
 PRETRAIN_RECIPES = {
@@ -74,7 +78,7 @@ PRETRAIN_RECIPES = {
         replace(_VAE, name="demo"),
     )
 }
-TRAIN_RECIPES = {recipe.name: recipe for recipe in (_DQN, _EFFICIENT, replace(_EFFICIENT, name="demo"))}
+TRAIN_RECIPES = {recipe.name: recipe for recipe in (_DQN, _EFFICIENT, _DEMO)}
 
 Recipe = TypeVar("Recipe", PretrainRecipe, TrainRecipe)
 

@@ -33,6 +33,7 @@ class Arm:
         q: Changes to its Q network.
         num_workers: Remote rollout workers.
         recipe: Which recipe it starts from.
+        prior_frames: Random-play frames that a frozen encoder is trained on.
     """
 
     what: str
@@ -41,6 +42,7 @@ class Arm:
     q: dict[str, Any] = field(default_factory=dict)
     num_workers: int = 1
     recipe: str = "dqn"
+    prior_frames: int = 30_000
 
 
 @dataclass(frozen=True)

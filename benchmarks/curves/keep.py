@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from peers.results import machine
 from peers.running import CellFailed, run_apart
 
 from curves.arms import Cell
@@ -57,6 +58,7 @@ class Kept:
             "cell": json.loads(cell.to_json()),
             "recipe": to_dict(cell.recipe),
             "torch": metadata.version("torch"),
+            "machine": machine(),
             "result": result,
         }
         path = self.path(cell)

@@ -26,7 +26,6 @@ from pipeline.registry import resolve
 from rllib_ext.config import LatentDQNConfig
 from rllib_ext.settings import replace_known
 
-PRIOR_FRAMES = 30_000
 PONG = "PongNoFrameskip-v4"  # as Stable-Baselines3's wrappers want it
 GREEDY_EPISODES = 20
 BUFFER = 50_000  # of Stable-Baselines3, which holds four frames for every transition
@@ -72,7 +71,7 @@ def atari(cell: Cell, folder: Path) -> dict[str, Any]:
         workspace,
         cell.recipe,
         game="pong",
-        encoder=None if mode == "pixels" else prior_encoder(workspace, cell.seed),
+        encoder=None if mode == "pixels" else prior_encoder(workspace, cell.settings["prior_frames"], cell.seed),
         mode=mode,
         agent_steps=cell.agent_steps,
         num_env_runners=cell.settings["num_workers"],
@@ -84,15 +83,15 @@ def atari(cell: Cell, folder: Path) -> dict[str, Any]:
     return {"games": games, "seconds": seconds, "updates": result["updates"], "greedy": greedy["returns"]}
 
 
-def prior_encoder(workspace: Workspace, seed: int) -> str:
+def prior_encoder(workspace: Workspace, num_frames: int, seed: int) -> str:
     """Address of an encoder of a random agent's frames; made where there is none yet."""
-    name = f"pong-prior-{seed}"
+    name = f"pong-prior-{num_frames}-{seed}"
     address = f"models:/{name}@champion"
     try:
         resolve(address, workspace.tracking_uri, workspace.cache)
     except UserError:
         frames = workspace.home / "frames" / name
-        collect.run(workspace, game="pong", frames=PRIOR_FRAMES, out=str(frames), seed=seed, num_workers=2)
+        collect.run(workspace, game="pong", frames=num_frames, out=str(frames), seed=seed, num_workers=2)
         recipe = PRETRAIN_RECIPES["vae"]
         settings = replace_known(recipe.train, {"seed": seed})
         pretrain.run(workspace, type(recipe)(recipe.name, recipe.model, settings), str(frames), name)

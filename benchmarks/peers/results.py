@@ -112,18 +112,25 @@ KEYS = tuple(keys({}, {}, None))  # in the order of the table
 
 def machine() -> dict[str, Any]:
     """Where it was measured: processor, cores, memory, and the commit."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [
-        line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-    ]
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return {
-        "processor": names[0] if names else platform.processor(),
+        "processor": _processor(),
         "cores": os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
         "system": platform.platform(),
         "commit": commit.stdout.strip() or None,
     }
+
+
+def _processor() -> str:
+    """Its name, and the family and model that tell one "AMD EPYC" from another."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = [line.partition(":") for line in cpuinfo.read_text().splitlines()] if cpuinfo.is_file() else []
+    said = {name.strip(): value.strip() for name, _, value in lines}
+    if "model name" not in said:
+        return platform.processor()
+    bf16 = ", bf16" if {"avx512_bf16", "amx_bf16"} & set(said.get("flags", "").split()) else ""
+    return f"{said['model name']} (family {said.get('cpu family')}, model {said.get('model')}{bf16})"
 
 
 def table(result: Mapping[str, Any], rows: Mapping[str, Row]) -> str:
