@@ -131,7 +131,7 @@ def _turns(large: ColumnarReplay, small: ColumnarReplay) -> dict[str, list[float
 
 def _frozen_update() -> Callable[[Transitions], np.ndarray]:
     """Double Q-learning on latents in plain PyTorch; gives the TD errors."""
-    online = QHead(STACK, Z_DIM, NUM_ACTIONS, train_recipe("dqn").q)
+    online = QHead(STACK, (Z_DIM,), NUM_ACTIONS, train_recipe("dqn").q)
     target = copy.deepcopy(online).requires_grad_(False)
     optimizer = torch.optim.Adam(online.parameters(), lr=1e-4, fused=True)
 

@@ -69,7 +69,12 @@ def save_resolved(folder: Path, settings: Any, stage: str) -> None:
 
 def load_resolved(folder: Path) -> dict[str, Any]:
     """What `save_resolved` wrote, as `to_dict` had it."""
-    tree: dict[str, Any] = yaml.safe_load((folder / CONFIG_FILE).read_text())
+    try:
+        tree = yaml.safe_load((folder / CONFIG_FILE).read_text())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        tree = None
+    if not isinstance(tree, dict) or not isinstance(tree.get(RUN_SECTION), dict):
+        raise UserError(f"{folder / CONFIG_FILE} does not hold the settings of a run; restore it or start the run anew")
     return {**tree.pop(RUN_SECTION), **tree}
 
 

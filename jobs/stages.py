@@ -41,10 +41,10 @@ def _stage(
 
 
 def _seed(text: str) -> int:
-    """Type of every --seed: a whole number that is not negative."""
+    """Type of every --seed: a whole number that every generator takes."""
     seed = int(text) if text.lstrip("+-").isdigit() else -1
-    if seed < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no seed; give a whole number from 0 on")
+    if not 0 <= seed < 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is no seed; give a whole number from 0 to {2**32 - 1}")
     return seed
 
 
@@ -232,7 +232,7 @@ def _train(stages: Any) -> None:
     details = (
         "frozen:   latents are made on the rollout workers; the learner never sees a pixel (needs --encoder)\n"
         "finetune: the encoder learns too, at a rate of its own (needs --encoder)\n"
-        "pixels:   the same network from scratch, the baseline"
+        "pixels:   the encoder's architecture from scratch, or the DQN paper's (q.torso=nature): the baselines"
     )
     p = _stage(stages, "train", "learn to play by Q-learning, distributed by RLlib", details, run, present)
     _recipe_options(p, "dqn")

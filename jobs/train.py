@@ -159,14 +159,15 @@ def run(
         model=recipe.model,
     )
     plan.check()
+    config = build_config(plan, preprocess, resolved)
+    config.check()
     folder = _folder_to_resume(workspace, plan) if resume else None
     tracking = Tracking(workspace.tracking_uri)
     tracking.check()
     logging.getLogger("ray.rllib").setLevel(logging.ERROR)
     needs = {"CPU": float(num_env_runners + num_learners)}
     with ray_session(workspace, needs=needs, what=plan.describe_workers()):
-        config = build_config(plan, preprocess, resolved)
-        config.validate()  # before the run's folder is made
+        config.validate()  # the cluster too, before the run's folder is made
         with _open_run(workspace, tracking, plan, folder, parent_run_id) as opened:
             result = _Session(opened, plan, preprocess, resolved).run(config, name, is_resumed=resume)
     return opened.delivered(result)
@@ -291,9 +292,10 @@ class _Session:
                 bar.advance(algorithm.agent_steps - steps_before)
                 bar.note(f"return {figures['episode_return_mean']:.1f}, {figures['agent_steps_per_s']:.0f}/s")
                 is_end = algorithm.agent_steps >= self._plan.agent_steps
-                self._record(algorithm, figures, is_due=is_end)
                 every = self._plan.train.checkpoint_agent_steps
-                if steps_before // every < algorithm.agent_steps // every and not is_end:
+                is_checkpoint = steps_before // every < algorithm.agent_steps // every
+                self._record(algorithm, figures, is_due=is_end or is_checkpoint)
+                if is_checkpoint and not is_end:
                     self._save(algorithm)
         return (algorithm.agent_steps - first) / max(time.monotonic() - self._started_at, 1e-9)
 
@@ -364,7 +366,7 @@ class _Session:
         config = PolicyConfig(
             mode=self._plan.mode,
             stack=self._plan.train.stack,
-            z_dim=algorithm.config.z_dim,
+            z_shape=algorithm.config.z_shape,
             q=self._plan.q,
             action_names=self._preprocess.action_set,
             encoder=_origin(self._resolved),

@@ -103,6 +103,7 @@ class Encoder(nn.Module):
 
     Attributes:
         z_dim: Number of latent dimensions.
+        z_shape: How they lie: (Z,), or (channels, height, width) of a grid over the frame.
         config: What the model was built from.
         stats: Statistics that standardise.
         preprocess: How its frames must be made.
@@ -118,6 +119,7 @@ class Encoder(nn.Module):
         self.net = model.encoder
         self.config = model.config
         self.z_dim = model.config.z_dim
+        self.z_shape = model.config.latent_shape
         self.stats = stats
         self.preprocess = preprocess
         self.sha256 = sha256

@@ -20,8 +20,13 @@ _ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[Path]:
+def writing(path: Path, earlier: Path | None = None) -> Iterator[Path]:
     """A temporary folder to fill; on success it is sealed and renamed to `path`, otherwise removed.
+
+    Args:
+        path: The bundle's folder, which must not exist.
+        earlier: A bundle some of whose files may be hard-linked into the new one, at the same places. Their hashes
+            are those of when they were written, so that bytes that have changed since do not pass for sound.
 
     Raises:
         UserError: `path` exists, or cannot be written.
@@ -35,7 +40,7 @@ def writing(path: Path) -> Iterator[Path]:
         raise UserError(f"cannot write the bundle {path} ({error.strerror}); choose another folder") from None
     try:
         yield draft
-        (draft / SUMS_FILE).write_text(_sums(draft))
+        (draft / SUMS_FILE).write_text(_sums(draft, earlier))
         draft.chmod(0o755)
         os.replace(draft, path)
     finally:
@@ -143,8 +148,19 @@ def _hash(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _sums(root: Path) -> str:
-    return "".join(f"{_hash(root / name)}  {name}\n" for name in _file_names(root))
+def _sums(root: Path, earlier: Path | None) -> str:
+    known = _linked_hashes(root, earlier) if earlier is not None else {}
+    return "".join(f"{known.get(name) or _hash(root / name)}  {name}\n" for name in _file_names(root))
+
+
+def _linked_hashes(root: Path, earlier: Path) -> dict[str, str]:
+    """Hashes that an earlier bundle lists of the files that are still the same ones under `root`, by name."""
+    lines = (_parse(line, earlier) for line in _read_sums(earlier).decode(errors="replace").splitlines())
+    return {name: digest for name, digest in lines if _is_same_file(root / name, earlier / name)}
+
+
+def _is_same_file(one: Path, other: Path) -> bool:
+    return one.is_file() and other.is_file() and one.samefile(other)
 
 
 def _read_sums(path: Path) -> bytes:

@@ -35,7 +35,7 @@ from ray.rllib.utils.metrics import (
 
 from pipeline.errors import UserError
 from rllib_ext import compat
-from rllib_ext.checkpoint import find_checkpoint, verify_checkpoint, write_checkpoint
+from rllib_ext.checkpoint import verify_checkpoint, write_checkpoint
 from rllib_ext.config import LatentDQNConfig
 from rllib_ext.learner import LatentDQNLearner, LearnerReport
 from rllib_ext.replay import ColumnarReplay, Transitions
@@ -88,7 +88,7 @@ class LatentDQN(Algorithm):
         self.steps_per_runner: Counter[str] = Counter()
         self.recent_returns: deque[float] = deque(maxlen=_RETURN_WINDOW_EPISODES)
         self._finished_games: list[tuple[int, float]] = []
-        self._last_checkpoint: Path | None = None
+        self._publications = 0
         self._publish()
 
     def take_finished_games(self) -> list[tuple[int, float]]:
@@ -125,11 +125,17 @@ class LatentDQN(Algorithm):
 
     def _take_turns(self) -> dict[str, float]:
         """Every worker one fragment, then all updates that are due."""
-        self.workers.ask_all(self._request())
-        self._store(self._timed("wait_s", self.workers.take_all))
+        while not (fragments := self._timed("wait_s", self._one_each)):
+            self.restore_env_runners(self.env_runner_group)
+        self._store(fragments)
         figures = self._learn(self._due())
         self._publish()
         return figures
+
+    def _one_each(self) -> list[Fragment]:
+        """A fragment of every worker; none, after a while, where all are lost."""
+        self.workers.ask_all(self._request())
+        return self.workers.take_all() or self.workers.take(_WAIT_S)
 
     def _overlap(self) -> dict[str, float]:
         """One portion of updates, or while none is due what the workers have brought; workers are kept busy."""
@@ -210,6 +216,7 @@ class LatentDQN(Algorithm):
             portion = min(num_updates, self._updates_per_draw())
             drawn = self._timed("draw_s", self._draw, portion)
             reports = self._timed("update_total_s", self._update, drawn)
+            self._require_finite(reports)
             self._timed("priorities_s", self._prioritise, reports)
             figures = reports[0].figures
             self.updates += portion
@@ -227,6 +234,20 @@ class LatentDQN(Algorithm):
         results = self.learner_group.foreach_learner(_update_learner, drawn=shared, updates_before=self.updates)
         return _values(results)
 
+    def _require_finite(self, reports: list[LearnerReport]) -> None:
+        """Ends a run whose network holds nothing any more.
+
+        Raises:
+            UserError: The loss is not a number.
+        """
+        loss = sum(report.figures["td_loss"] for report in reports)
+        if not np.isfinite(loss):
+            raise UserError(
+                f"Q-learning has diverged: the loss is {loss} after {self.updates} updates; lower train.lr "
+                f"({self.settings.lr}), or set train.grad_clip ({self.settings.grad_clip}) and train.reward_clip "
+                f"({self.settings.reward_clip}) above 0"
+            )
+
     def _prioritise(self, reports: list[LearnerReport]) -> None:
         if self.settings.priority_alpha:
             for report in reports:
@@ -242,7 +263,9 @@ class LatentDQN(Algorithm):
         """Puts the newest weights where runners will find them."""
         started = time.perf_counter()
         state = self._module_state()
-        self._weights = Weights(self.updates, ray.put(state) if self.config.num_env_runners else state)
+        self._publications += 1
+        shared = ray.put(state) if self.config.num_env_runners else state
+        self._weights = Weights(self._publications, self.updates, shared)
         if hasattr(self, "_seconds"):
             self._seconds["publish_s"] += time.perf_counter() - started
 
@@ -291,58 +314,90 @@ class LatentDQN(Algorithm):
         """
         if path is None or kwargs:
             raise UserError(f"LatentDQN writes checkpoints to a folder of yours; got path={path}, {kwargs}")
-        if self.settings.synchronous:
-            self.num_barriers += 1  # every run starts new episodes here, so that a resumed one is in the same place
-        write_checkpoint(Path(path), self.config.run_id, lambda folder: self._write_state(folder, Path(path)))
+        # In the synchronous mode every run starts new episodes here, so that a resumed one is in the same place.
+        num_barriers = self.num_barriers + self.settings.synchronous
+        write_checkpoint(
+            Path(path),
+            self.config.run_id,
+            lambda folder, earlier: self._write_state(folder, earlier, num_barriers),
+        )
+        self.num_barriers = num_barriers
         return str(path)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Tune's hook; RLlib's own would ask for a choice between pickle and msgpack."""
         self.save_to_path(checkpoint_dir)
 
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, *args: Any, **kwargs: Any) -> LatentDQN:
+        """RLlib's way needs the configuration from the checkpoint, in a pickle.
+
+        Raises:
+            UserError: Always.
+        """
+        raise UserError(
+            f"LatentDQN's checkpoints hold no configuration; build the algorithm from yours and call "
+            f"restore_from_path({str(path)!r})"
+        )
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """RLlib's evaluation workers are not supported.
+
+        Raises:
+            UserError: Always.
+        """
+        raise UserError("LatentDQN does not evaluate itself; write a policy bundle and run `latentrl evaluate`")
+
     def restore_from_path(self, path: str | Path, **kwargs: Any) -> None:
         """Continues from a checkpoint that this run wrote.
 
         Raises:
-            UserError: Another run wrote it, its bytes have changed, or the settings differ.
+            UserError: Another run wrote it, its bytes have changed, or it was made with other settings than this
+                algorithm's; those of `LatentDQNConfig.MAY_CHANGE` may differ, and this algorithm's count from now on.
         """
         if kwargs:
             raise UserError(f"LatentDQN restores whole checkpoints only; got {kwargs}")
         verify_checkpoint(Path(path), self.config.run_id)
         self._read_state(Path(path))
 
-    def _write_state(self, folder: Path, previous: Path) -> None:
+    def _write_state(self, folder: Path, earlier: Path | None, num_barriers: int) -> None:
         learner = self.learner_group.get_state()[COMPONENT_LEARNER]
         learner.pop(COMPONENT_METRICS_LOGGER, None)
         state = {
+            "identity": self.config.identity(),
             "learner": learner,
             "agent_steps": self.agent_steps,
             "updates": self.updates,
             "num_episodes": self.num_episodes,
-            "num_barriers": self.num_barriers,
+            "num_barriers": num_barriers,
             "num_restores": self.num_restores,
             "seed": self.seed,
             "deaths": dict(self.workers.deaths),
             "recent_returns": list(self.recent_returns),
+            "finished_games": self._finished_games,
             "steps_per_runner": dict(self.steps_per_runner),
             "iteration": self.iteration,
             "torch_rng": torch.get_rng_state().numpy(),
         }
         save_state(state, folder, "state")
-        earlier = find_checkpoint(previous)
         save_replay(self.replay, folder / "replay", earlier / "replay" if earlier else None)
 
     def _read_state(self, folder: Path) -> None:
         state = load_state(folder, "state")
+        self.config.require_identity(state["identity"], f"the checkpoint {folder}")
         self.workers.forget()
         self.replay = load_replay(folder / "replay", self.config.replay_spec())
         self.learner_group.set_state({COMPONENT_LEARNER: {**state["learner"], WEIGHTS_SEQ_NO: 0}})
         self.agent_steps, self.updates = state["agent_steps"], state["updates"]
         self.num_episodes, self.num_barriers, self.seed = state["num_episodes"], state["num_barriers"], state["seed"]
         self.num_restores = state["num_restores"] + (not self.settings.synchronous)
-        self.workers.deaths.update(state["deaths"])
-        self.recent_returns.extend(state["recent_returns"])
-        self.steps_per_runner.update(state["steps_per_runner"])
+        self.workers.deaths = Counter(state["deaths"])
+        self.recent_returns = deque(state["recent_returns"], maxlen=_RETURN_WINDOW_EPISODES)
+        self.steps_per_runner = Counter(state["steps_per_runner"])
+        self._finished_games = state["finished_games"]
+        lifetime = (ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME)
+        missing = self.agent_steps - self.metrics.peek(lifetime, default=0)
+        self.metrics.log_value(lifetime, missing, reduce="lifetime_sum")
         torch.set_rng_state(torch.from_numpy(state["torch_rng"]))
         compat.set_iteration(self, state["iteration"])
         self._publish()

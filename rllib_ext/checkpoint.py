@@ -18,18 +18,19 @@ from pipeline.errors import UserError
 _RUN = "run"
 
 
-def write_checkpoint(path: Path, run_id: str, write: Callable[[Path], None]) -> None:
+def write_checkpoint(path: Path, run_id: str, write: Callable[[Path, Path | None], None]) -> None:
     """Replaces the checkpoint at `path` by a new one.
 
     Args:
         path: Its folder.
         run_id: Marks whose it is.
-        write: Fills the empty folder that it is given.
+        write: Fills the empty folder that it is given; it may link files of the earlier checkpoint, if there is one.
     """
     fresh, old = _beside(path)
     _tidy(path)
-    with bundle.writing(fresh) as draft:
-        write(draft)
+    earlier = find_checkpoint(path)
+    with bundle.writing(fresh, earlier) as draft:
+        write(draft, earlier)
         (draft / _RUN).write_text(run_id)
     if path.exists():
         path.rename(old)
@@ -49,6 +50,8 @@ def verify_checkpoint(path: Path, run_id: str) -> None:
         UserError: Names the file, or both runs.
     """
     bundle.verify(path)
+    if not (path / _RUN).is_file():
+        raise UserError(f"{path} is a bundle, but no run's checkpoint; name the folder that save_to_path wrote")
     writer = (path / _RUN).read_text()
     if writer != run_id:
         raise UserError(

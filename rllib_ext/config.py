@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -19,12 +20,12 @@ from pipeline import artifact
 from pipeline.errors import UserError
 from pipeline.schema import Preprocess
 from rllib_ext.connectors import EncodeObservations, StackObservations
-from rllib_ext.learner import LatentDQNLearner
+from rllib_ext.learner import LatentDQNLearner, resolve_precision
 from rllib_ext.module import SPEC_KEY, LatentQModule, QModuleSpec
 from rllib_ext.networks import NatureConvolutions
 from rllib_ext.replay import ReplaySpec, required_bytes
 from rllib_ext.runner import EnvFactory, LatentEnvRunner, atari_factory
-from rllib_ext.settings import MODES, NATURE, DQNSettings, QConfig, replace_known
+from rllib_ext.settings import MODES, NATURE, PIXELS, DQNSettings, QConfig, replace_known
 from rllib_ext.shared_bundle import SharedBundle
 
 if TYPE_CHECKING:
@@ -48,10 +49,13 @@ _HONOURED = {
     "callbacks_on_train_result",
 }
 _MOST_LEARNER_THREADS = 4  # two were worth 1.5 on pixels, on two cores; more than four have not been measured
-# Attributes that latent(), training() or RLlib itself set.
+_MAX_SEED = 2**32 - 1  # numpy's legacy generator, which RLlib seeds
+_CGROUP = Path("/sys/fs/cgroup")
+# Attributes that latent(), training(), validate() or RLlib itself set.
 _OWN = {
+    "max_requests_in_flight_per_env_runner",
     *("mode", "preprocess", "encoder_path", "encoder_sha256", "encoder_config", "env_factory", "run_id"),
-    *("settings", "q", "z_dim", "bundle"),
+    *("settings", "q", "z_shape", "bundle"),
     *("algo_class", "class", "_is_frozen", "in_evaluation", "_per_module_overrides", "policies", "simple_optimizer"),
 }
 
@@ -68,7 +72,15 @@ class LatentDQNConfig(AlgorithmConfig):
             .debugging(seed=0)
         )
         algorithm = config.build_algo()
+
+    Attributes:
+        MAY_CHANGE: Settings that may differ from those of the run that wrote the checkpoint which is restored.
     """
+
+    MAY_CHANGE = frozenset(
+        {"lr", "encoder_lr", "adam_epsilon", "grad_clip", "precision", "runner_threads", "learner_threads"}
+        | {"max_lead_fragments", "max_updates_per_step", "checkpoint_agent_steps"}
+    )
 
     def __init__(self, algo_class: Any = None) -> None:
         """Complete defaults, except for the game's preprocessing and the encoder."""
@@ -93,7 +105,7 @@ class LatentDQNConfig(AlgorithmConfig):
         self.run_id = ""
         self.settings = DQNSettings()
         self.q = QConfig()
-        self.z_dim = 0  # read from the encoder by validate()
+        self.z_shape: tuple[int, ...] = ()  # read from the encoder by validate()
         self.bundle: SharedBundle | None = None  # put into the object store by the algorithm
         self.training()
 
@@ -158,12 +170,50 @@ class LatentDQNConfig(AlgorithmConfig):
         if self.in_evaluation:  # RLlib derives this copy and never uses it, since evaluation is refused
             super().validate()
             return
+        self.check()
+        self._check_cpus()
+        super().validate()
+
+    def check(self) -> None:
+        """All of `validate` that needs no cluster.
+
+        Raises:
+            UserError: What cannot work.
+        """
         self._refuse_unsupported()
         self._check_choices()
         self.settings.check(self.num_lanes)
         self._read_encoder()
-        self._check_resources()
-        super().validate()
+        self._check_this_machine()
+        if not self._is_frozen:
+            self.max_requests_in_flight_per_env_runner = math.ceil(self.settings.max_lead_fragments) + 1
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint and the algorithm that restores it must have in common, as plain values."""
+        architecture = self.encoder_config if self.mode == PIXELS else None
+        settings = {f"train.{name}": value for name, value in vars(self.settings).items()}
+        q = {f"q.{name}": value for name, value in vars(self.q).items()}
+        return {
+            "mode": self.mode,
+            "preprocess": dataclasses.asdict(self.preprocess) if self.preprocess else None,
+            "encoder_sha256": self.encoder_sha256,
+            "encoder_config": None if architecture is None else repr(architecture),
+            "num_env_runners": self.num_env_runners,
+            **q,
+            **{name: value for name, value in settings.items() if name.removeprefix("train.") not in self.MAY_CHANGE},
+        }
+
+    def require_identity(self, theirs: dict[str, Any], what: str) -> None:
+        """Refuses a checkpoint of another identity.
+
+        Raises:
+            UserError: Names what differs, with both values.
+        """
+        mine = self.identity()
+        names = [name for name in sorted(mine.keys() | theirs.keys()) if mine.get(name) != theirs.get(name)]
+        if names:
+            both = "; ".join(f"{name}: {theirs.get(name)!r} then, {mine.get(name)!r} now" for name in names)
+            raise UserError(f"{what} was made with other settings ({both}); restore it with those it was made with")
 
     def replay_spec(self) -> ReplaySpec:
         """What the replay holds; after validate(), which reads the latents' length from the encoder."""
@@ -172,7 +222,7 @@ class LatentDQNConfig(AlgorithmConfig):
         return ReplaySpec(
             num_lanes=self.num_lanes,
             lane_rows=self.settings.replay_capacity // self.num_lanes,
-            obs_shape=(self.z_dim,) if is_latent else (self.preprocess.height, self.preprocess.width),
+            obs_shape=(math.prod(self.z_shape),) if is_latent else (self.preprocess.height, self.preprocess.width),
             obs_dtype="float16" if is_latent else "uint8",
             stack=self.settings.stack,
             n_step=self.settings.n_step,
@@ -180,8 +230,8 @@ class LatentDQNConfig(AlgorithmConfig):
             priority_alpha=self.settings.priority_alpha,
         )
 
-    def _check_resources(self) -> None:
-        needed, there = required_bytes(self.replay_spec()), psutil.virtual_memory().available
+    def _check_this_machine(self) -> None:
+        needed, there = required_bytes(self.replay_spec()), _free_bytes()
         if needed > there:
             raise UserError(
                 f"train.replay_capacity is {self.settings.replay_capacity}, which takes {needed / 2**30:.1f} GiB when "
@@ -192,11 +242,16 @@ class LatentDQNConfig(AlgorithmConfig):
                 f"train.batch_size is {self.settings.batch_size}, which {self.num_learners} learners cannot share "
                 f"evenly; make it a multiple"
             )
-        cpus = _cpus()
-        asked = self.num_learners * (self.num_cpus_per_learner if isinstance(self.num_cpus_per_learner, int) else 1)
-        if asked > cpus:
+        if not self.num_learners:
+            resolve_precision(self.settings.precision)
+
+    def _check_cpus(self) -> None:
+        each = self.num_cpus_per_learner if isinstance(self.num_cpus_per_learner, int | float) else 1
+        asked, there = self.num_learners * each + self.num_env_runners * self.num_cpus_per_env_runner, _cpus()
+        if asked > there:
             raise UserError(
-                f"num_learners is {self.num_learners}, more than the {cpus:g} CPUs that there are; ask for fewer"
+                f"num_env_runners is {self.num_env_runners} and num_learners is {self.num_learners}, which take "
+                f"{asked:g} CPUs, more than the {there:g} that there are; ask for fewer"
             )
 
     @property
@@ -225,6 +280,9 @@ class LatentDQNConfig(AlgorithmConfig):
                 )
 
     def _check_choices(self) -> None:
+        seed = self.seed
+        if seed is not None and not (isinstance(seed, int) and 0 <= seed <= _MAX_SEED):
+            raise UserError(f"the seed is {seed!r}; give a whole number from 0 to {_MAX_SEED}, or None")
         if self.mode not in MODES:
             raise UserError(f"unknown mode {self.mode!r}; choose one of {', '.join(MODES)}")
         if self.preprocess is None:
@@ -241,16 +299,16 @@ class LatentDQNConfig(AlgorithmConfig):
         assert self.preprocess is not None
         if self.q.torso == NATURE:
             torso = NatureConvolutions(self.settings.stack, self.preprocess.height, self.preprocess.width)
-            self.z_dim, self.encoder_config = torso.z_dim, None
+            self.z_shape, self.encoder_config = torso.z_shape, None
             return
         if self.encoder_path is None:
-            self.z_dim = artifact.from_scratch(self.encoder_config, self.preprocess).z_dim
+            self.z_shape = artifact.from_scratch(self.encoder_config, self.preprocess).z_shape
             return
         encoder = artifact.load_encoder(
             self.encoder_path, expect_sha256=self.encoder_sha256, preprocess=self.preprocess
         )
         if not self._is_frozen:
-            self.z_dim, self.encoder_sha256, self.encoder_config = encoder.z_dim, encoder.sha256, encoder.config
+            self.z_shape, self.encoder_sha256, self.encoder_config = encoder.z_shape, encoder.sha256, encoder.config
 
     def _rllib_settings(self) -> dict[str, Any]:
         """What our settings mean in RLlib's words."""
@@ -262,7 +320,6 @@ class LatentDQNConfig(AlgorithmConfig):
             "num_envs_per_env_runner": self.settings.envs_per_runner,
             "rollout_fragment_length": self.settings.fragment_length,
             "train_batch_size_per_learner": self.settings.batch_size,
-            "max_requests_in_flight_per_env_runner": math.ceil(self.settings.max_lead_fragments) + 1,
         }
 
     def get_state(self) -> dict[str, Any]:
@@ -279,7 +336,7 @@ class LatentDQNConfig(AlgorithmConfig):
         spec = QModuleSpec(
             mode=self.mode,
             preprocess=self.preprocess,
-            z_dim=self.z_dim,
+            z_shape=self.z_shape,
             q=self.q,
             settings=self.settings,
             encoder_config=self.encoder_config,
@@ -298,13 +355,23 @@ class LatentDQNConfig(AlgorithmConfig):
         if self.mode == "frozen":
             assert self.bundle is not None
             assert self.preprocess is not None
-            pieces.insert(0, EncodeObservations(bundle=self.bundle, preprocess=self.preprocess, z_dim=self.z_dim))
+            z_dim = math.prod(self.z_shape)
+            pieces.insert(0, EncodeObservations(bundle=self.bundle, preprocess=self.preprocess, z_dim=z_dim))
         return EnvToModulePipeline(input_observation_space=single[0], input_action_space=single[1], connectors=pieces)
 
 
 def _cpus() -> float:
     """CPUs of the cluster that is joined, or of this machine."""
     return float(ray.cluster_resources().get("CPU", 0)) if ray.is_initialized() else float(os.cpu_count() or 1)
+
+
+def _free_bytes() -> int:
+    """Memory that can still be taken here: of the machine, or of the control group where that has less left."""
+    free = int(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, ValueError):  # no cgroup version 2, or no limit ("max")
+        limit, used = (int((_CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, limit - used)
+    return free
 
 
 def _differs(value: Any, default: Any) -> bool:

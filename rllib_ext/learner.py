@@ -102,6 +102,17 @@ class LatentDQNLearner(TorchLearner):
             module_id=module_id, optimizer_name=name, optimizer=optimizer, params=params, lr_or_lr_schedule=lr
         )
 
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Takes over weights and optimizers, whose rates stay those of this run's settings."""
+        rates = [
+            (optimizer, [(group["lr"], group["eps"]) for group in optimizer.param_groups])
+            for _, optimizer in self.get_optimizers_for_module(DEFAULT_MODULE_ID)
+        ]
+        super().set_state(state)
+        for optimizer, by_group in rates:
+            for group, (lr, epsilon) in zip(optimizer.param_groups, by_group, strict=True):
+                group["lr"], group["eps"] = lr, epsilon
+
     def compute_loss_for_module(self, **kwargs: Any) -> Tensor:
         """RLlib's own update does not serve this learner.
 

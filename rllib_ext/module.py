@@ -44,7 +44,7 @@ class QModuleSpec:
     Attributes:
         mode: "frozen", "finetune" or "pixels".
         preprocess: The environment's frames.
-        z_dim: Length of a latent, or number of features of a torso that reads the stack.
+        z_shape: Shape of a latent, or (features,) of a torso that reads the stack.
         q: The head, and the torso.
         settings: The run's settings (stack, double).
         encoder_config: The encoder's architecture.
@@ -53,7 +53,7 @@ class QModuleSpec:
 
     mode: str
     preprocess: Preprocess
-    z_dim: int
+    z_shape: tuple[int, ...]
     q: QConfig
     settings: DQNSettings
     encoder_config: Any
@@ -72,7 +72,7 @@ class QModuleSpec:
 
     def build_network(self, num_actions: int) -> QNetwork:
         """The online network with fresh head weights."""
-        return q_network(self.q, self.settings.stack, self.z_dim, num_actions, self.build_encoder())
+        return q_network(self.q, self.settings.stack, self.z_shape, num_actions, self.build_encoder())
 
 
 class LatentQModule(TorchRLModule, QNetAPI, TargetNetworkAPI, InferenceOnlyAPI):
@@ -83,8 +83,7 @@ class LatentQModule(TorchRLModule, QNetAPI, TargetNetworkAPI, InferenceOnlyAPI):
         self.spec: QModuleSpec = self.model_config[SPEC_KEY]
         self.num_actions = int(self.action_space.n)
         self.network = self.spec.build_network(self.num_actions)
-        if self.network.encoder is not None:  # an update took 3 to 19% less time so than in torch's default layout
-            self.network.to(memory_format=torch.channels_last)
+        self.network.to(memory_format=torch.channels_last)  # an update takes 3 to 19% less time so with convolutions
 
     def make_target_networks(self) -> None:
         """Copies the online network; called once, on the learner."""

@@ -10,10 +10,12 @@ Shapes: B batch, K stacked observations, Z latent units, H x W frame, A actions,
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from pipeline.errors import UserError
 from rllib_ext.losses import expected_values
@@ -23,11 +25,13 @@ from rllib_ext.settings import NATURE, QConfig
 class QHead(nn.Module):
     """An MLP from stacked latents to one value per action, or to one distribution of returns per action.
 
+    Where latents lie on a grid, a convolution over its cells may come first.
     With dueling streams a value is added to every action's advantage over their mean (Wang et al. 2016, eq. 9); with
     distributions that happens to the logits, atom by atom, so that both streams shape every distribution (Hessel et al.
     2018).
 
     Attributes:
+        grid: The convolution; None without it.
         layers: The hidden layers, then the (advantage) stream.
         value: The value stream; None without dueling.
         atoms: (N,) float32, where the distributions have their mass; a single 0 where there are none.
@@ -35,10 +39,18 @@ class QHead(nn.Module):
 
     atoms: Tensor
 
-    def __init__(self, stack: int, z_dim: int, num_actions: int, config: QConfig) -> None:
-        """Builds `stack * z_dim -> hidden -> num_actions * num_atoms`, and `hidden -> num_atoms` where dueling."""
+    def __init__(self, stack: int, z_shape: tuple[int, ...], num_actions: int, config: QConfig) -> None:
+        """Builds `stack * z -> hidden -> num_actions * num_atoms`, and `hidden -> num_atoms` where dueling.
+
+        Raises:
+            UserError: A convolution is asked for, and the latents lie on no grid.
+        """
         super().__init__()
-        widths = [stack * z_dim, *config.hidden]
+        self.grid = GridConvolution(stack, z_shape, config.grid_channels) if config.grid_channels else None
+        num_features = (
+            stack * math.prod(z_shape) if self.grid is None else config.grid_channels * math.prod(z_shape[1:])
+        )
+        widths = [num_features, *config.hidden]
         layers: list[nn.Module] = []
         for width_in, width_out in pairwise(widths):
             layers.append(nn.Linear(width_in, width_out))
@@ -55,7 +67,8 @@ class QHead(nn.Module):
     def outputs(self, z_BKZ: Tensor) -> Tensor:
         """(B, K, Z) float16 or float32 -> values (B, A), or logits (B, A, N) of distributions; float32."""
         *trunk, stream = self.layers
-        x = z_BKZ.flatten(1).float()
+        x = z_BKZ.float()
+        x = x.flatten(1) if self.grid is None else self.grid(x)
         for layer in trunk:
             x = layer(x)
         outputs: Tensor = stream(x).float()
@@ -75,13 +88,37 @@ class QHead(nn.Module):
         return self.values(self.outputs(z_BKZ))
 
 
+class GridConvolution(nn.Module):
+    """A 3x3 convolution over the cells of latents that lie on a grid: each cell means the same wherever it is."""
+
+    def __init__(self, stack: int, z_shape: tuple[int, ...], channels: int) -> None:
+        """From K latents of shape `z_shape` (C, h, w) to `channels` features a cell.
+
+        Raises:
+            UserError: The latents lie on no grid.
+        """
+        super().__init__()
+        if len(z_shape) != 3:
+            raise UserError(
+                f"q.grid_channels is {channels}, and the encoder's latents lie on no grid; set it to 0, or pretrain an "
+                f"encoder with model.latent_channels"
+            )
+        self._unflatten = nn.Unflatten(2, z_shape)
+        self.conv = nn.Conv2d(stack * z_shape[0], channels, 3, padding=1)
+
+    def forward(self, z_BKZ: Tensor) -> Tensor:
+        """(B, K, Z) float32 -> (B, h * w * channels) float32, cell by cell."""
+        maps = self._unflatten(z_BKZ).flatten(1, 2).contiguous(memory_format=torch.channels_last)
+        return functional.relu_(self.conv(maps)).permute(0, 2, 3, 1).flatten(1)
+
+
 class NatureConvolutions(nn.Module):
     """The three convolutions of Mnih et al. (2015), over the whole stack at once.
 
     With one hidden layer of 512 after them they are that paper's network, which Stable-Baselines3 plays Atari with too.
 
     Attributes:
-        z_dim: Number of features.
+        z_shape: (Z,), number of features.
     """
 
     def __init__(self, stack: int, height: int, width: int) -> None:
@@ -94,7 +131,7 @@ class NatureConvolutions(nn.Module):
         sizes = [((side - 8) // 4 - 3) // 2 - 1 for side in (height, width)]
         if min(sizes) < 1:
             raise UserError(f"q.torso nature reads frames of at least 36x36 pixels, and these have {height}x{width}")
-        self.z_dim = 64 * sizes[0] * sizes[1]
+        self.z_shape = (64 * sizes[0] * sizes[1],)
         self.layers = nn.Sequential(
             *(nn.Conv2d(stack, 32, 8, stride=4), nn.ReLU(inplace=True)),
             *(nn.Conv2d(32, 64, 4, stride=2), nn.ReLU(inplace=True)),
@@ -133,18 +170,20 @@ class QNetwork(nn.Module):
         return self.head.values(self.outputs(obs))
 
 
-def q_network(q: QConfig, stack: int, z_dim: int, num_actions: int, encoder: nn.Module | None) -> QNetwork:
+def q_network(
+    q: QConfig, stack: int, z_shape: tuple[int, ...], num_actions: int, encoder: nn.Module | None
+) -> QNetwork:
     """A network with fresh head weights.
 
     Args:
         q: The head.
         stack: Observations that are seen at once.
-        z_dim: Features of each, or of all together where the torso reads the stack.
+        z_shape: Shape of each one's latent; (features,) of all together where the torso reads the stack.
         num_actions: Values that come out.
         encoder: What makes them from frames; None where latents are given.
     """
     num_read = 1 if q.torso == NATURE else stack
-    return QNetwork(QHead(num_read, z_dim, num_actions, q), encoder)
+    return QNetwork(QHead(num_read, z_shape, num_actions, q), encoder)
 
 
 @torch.no_grad()

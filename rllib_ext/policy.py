@@ -49,7 +49,7 @@ class PolicyConfig:
     Attributes:
         mode: "frozen", "finetune" or "pixels".
         stack: Latents that the head reads.
-        z_dim: Length of a latent, or number of features of a torso that reads the stack.
+        z_shape: Shape of a latent, or (features,) of a torso that reads the stack.
         q: The head, and the torso.
         action_names: One a value of the head.
         encoder: Address, version and sha256 of the encoder the run started from; None in pixels mode.
@@ -58,7 +58,7 @@ class PolicyConfig:
 
     mode: str
     stack: int
-    z_dim: int
+    z_shape: tuple[int, ...]
     q: QConfig
     action_names: tuple[str, ...]
     encoder: Mapping[str, str | None] | None
@@ -86,7 +86,7 @@ class PolicyConfig:
                 f"version of latentrl"
             )
         record["q"] = QConfig(**{**record["q"], "hidden": tuple(record["q"]["hidden"])})
-        record["action_names"] = tuple(record["action_names"])
+        record["action_names"], record["z_shape"] = tuple(record["action_names"]), tuple(record["z_shape"])
         return cls(**record)
 
 
@@ -198,7 +198,7 @@ def load_policy(path: str | Path) -> Policy:
     preprocess = Preprocess.from_json((path / PREPROCESS_FILE).read_text())
     encoder = _load_encoder(path, config, preprocess)
     inside = None if config.mode == "frozen" else encoder
-    network = q_network(config.q, config.stack, config.z_dim, len(config.action_names), inside)
+    network = q_network(config.q, config.stack, config.z_shape, len(config.action_names), inside)
     network.load_state_dict(load_file(path / WEIGHTS_FILE))
     policy = Policy(config, preprocess, network, encoder)
     policy.bundle_path, policy.sha256 = path, sha256

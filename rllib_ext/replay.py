@@ -40,7 +40,7 @@ from rllib_ext.stacking import stack_positions
 from rllib_ext.sum_tree import SumTree, tree_bytes
 
 COLUMNS: dict[str, np.dtype[Any]] = {
-    "action": np.dtype(np.uint8),
+    "action": np.dtype(np.uint16),
     "reward": np.dtype(np.float32),
     "terminated": np.dtype(np.bool_),
     "truncated": np.dtype(np.bool_),

@@ -5,8 +5,8 @@ COLUMN.npy        one a small column, (L, rows held), whole
 priorities.npy    the leaves of the sum tree, (L, rows held) float64; only where draws are prioritised
 obs-00000.npy     observations, (L, rows of a segment, ...), one a segment of every ring
 
-A segment that no row was written to since the previous checkpoint is that checkpoint's file once more (a hard link, or
-a copy where there are none), so that a checkpoint costs what has changed and yet stands alone.
+A segment that no row was written to since the previous checkpoint is that checkpoint's file once more, by a hard link,
+so that a checkpoint costs what has changed and yet stands alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import shutil
 import uuid
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from pipeline.errors import UserError
 from rllib_ext.replay import COLUMNS, ColumnarReplay, ReplaySpec
 
 _RECORD = "replay.json"
-_FORMAT = 2
+_FORMAT = 3
 _PRIORITIES = "priorities"
 _SEGMENT_BYTES = 32 * 2**20
 
@@ -150,12 +149,9 @@ def _unchanged_segments(replay: ColumnarReplay, previous: Path | None, segment_r
 
 
 def _link(source: Path, target: Path) -> bool:
-    """Whether the file could be taken over."""
+    """Whether the file could be taken over; where there are no hard links it is written anew."""
     with contextlib.suppress(OSError):
         os.link(source, target)
-        return True
-    with contextlib.suppress(OSError):
-        shutil.copyfile(source, target)
         return True
     return False
 

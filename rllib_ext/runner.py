@@ -93,7 +93,7 @@ class LatentEnvRunner(EnvRunner, Checkpointable):
         self._env_to_module = self.config.build_env_to_module_connector(env=self.env, spaces=self.spaces)
         self.make_module()
         self._weights_seq_no = 0
-        self._weights_updates = -1
+        self._weights_serial = self._weights_updates = -1
         self._answered_at: float | None = None
         self._obs: _Observation | None = None
         self._era: tuple[int, ...] = ()
@@ -138,9 +138,9 @@ class LatentEnvRunner(EnvRunner, Checkpointable):
 
     def _answer(self, request: Request) -> Fragment:
         self._enter(request.era)
-        if request.weights.updates != self._weights_updates:
+        if request.weights.serial != self._weights_serial:
             self.module.set_state(request.weights.load())
-            self._weights_updates = request.weights.updates
+            self._weights_serial, self._weights_updates = request.weights.serial, request.weights.updates
         return self.sample(agent_steps=request.agent_steps)
 
     def sample(self, *, agent_steps: int = 0, explore: bool = True, force_reset: bool = False) -> Fragment:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -28,6 +29,8 @@ class QConfig:
 
     Attributes:
         hidden: Widths of the hidden layers.
+        grid_channels: Channels of a 3x3 convolution over the cells of the stacked latents, before the hidden layers; 0:
+            none. For encoders whose latents lie on a grid: what a cell holds then means the same in all of them.
         layer_norm: Whether each hidden layer is normalised before its nonlinearity (Ba et al. 2016).
         dueling: Value and advantage streams after the last hidden layer (Wang et al. 2016).
         num_atoms: 1 learns expected returns; more learn their distribution on so many atoms (C51,
@@ -40,6 +43,7 @@ class QConfig:
     """
 
     hidden: tuple[int, ...] = (256,)
+    grid_channels: int = 0
     layer_norm: bool = True
     dueling: bool = False
     num_atoms: int = 1
@@ -48,9 +52,15 @@ class QConfig:
     torso: str = ENCODER_TORSO
 
     def __post_init__(self) -> None:
-        """Checks the widths, the atoms and the torso."""
+        """Checks types, the widths, the atoms and the torso."""
+        if (wrong := wrong_type(self)) is not None:
+            raise ValueError(f"q.{wrong}")
+        if not all(isinstance(width, int) for width in self.hidden):
+            raise ValueError(f"q.hidden is {list(self.hidden)}; every width must be a whole number")
         if any(width < 1 for width in self.hidden):
             raise ValueError(f"q.hidden is {list(self.hidden)}; every width must be at least 1")
+        if self.grid_channels < 0:
+            raise ValueError(f"q.grid_channels is {self.grid_channels}; give 0 (no convolution) or more")
         if self.num_atoms < 1:
             raise ValueError(f"q.num_atoms is {self.num_atoms}; give 1 (expected returns) or more")
         if self.num_atoms > 1 and self.v_min >= self.v_max:
@@ -62,8 +72,12 @@ class QConfig:
         """Refuses what another mode has no use for.
 
         Raises:
-            UserError: A torso of its own, where there is a pretrained encoder.
+            UserError: A torso of its own, where there is a pretrained encoder; a convolution over a torso's features.
         """
+        if self.torso != ENCODER_TORSO and self.grid_channels:
+            raise UserError(
+                f"q.grid_channels is {self.grid_channels}, and q.torso {self.torso} has no grid; set it to 0"
+            )
         if mode != PIXELS and self.torso != ENCODER_TORSO:
             raise UserError(
                 f"q.torso is {self.torso!r}, and mode {mode} reads frames with the pretrained encoder; leave it at "
@@ -195,6 +209,8 @@ class DQNSettings:
         Raises:
             UserError: The first problem: what, the value seen, what to do.
         """
+        if (wrong := wrong_type(self)) is not None:
+            raise UserError(f"train.{wrong}")
         for name, is_sound, advice in _FIELD_RULES:
             value = getattr(self, name)
             if not is_sound(value):
@@ -244,12 +260,33 @@ _FIELD_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     *((name, *_POSITIVE) for name in ("lr", "encoder_lr", "adam_epsilon", "batch_size", "n_step", "stack")),
     *((name, *_POSITIVE) for name in ("updates_per_agent_step", "replay_capacity", "envs_per_runner")),
     *((name, *_POSITIVE) for name in ("fragment_length", "runner_threads")),
-    *((name, *_POSITIVE) for name in ("max_lead_fragments", "max_updates_per_step", "checkpoint_agent_steps")),
+    *((name, *_POSITIVE) for name in ("max_updates_per_step", "checkpoint_agent_steps")),
+    ("max_lead_fragments", lambda v: v >= 1, "it must be 1 or more, or no worker could ever be asked for a fragment"),
     *((name, *_NATURAL) for name in ("warmup_agent_steps", "epsilon_decay_agent_steps", "reward_clip", "grad_clip")),
     *((name, *_NATURAL) for name in ("target_update_updates", "learner_threads")),
     *((name, *_SHARE) for name in ("gamma", "epsilon_start", "epsilon_end", "target_tau")),
     *((name, *_SHARE) for name in ("priority_alpha", "priority_beta")),
 )
+
+
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": ((bool,), "true or false"),
+    "str": ((str,), "a word"),
+}
+
+
+def wrong_type(settings: Any) -> str | None:
+    """The first field of a dataclass that holds another type than it declares, or no finite number; None if all do."""
+    for field in dataclasses.fields(settings):
+        types, what = _TYPES.get(str(field.type), ((object,), ""))
+        value = getattr(settings, field.name)
+        if not isinstance(value, types) or (isinstance(value, bool) and field.type != "bool"):
+            return f"{field.name} is {value!r}; it must be {what}"
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"{field.name} is {value!r}; it must be finite"
+    return None
 
 
 def replace_known(settings: T, changes: dict[str, Any]) -> T:

@@ -26,8 +26,12 @@ _REVIVAL_LIMIT_S = 180.0
 
 
 class Weights(NamedTuple):
-    """The learner's network as of so many updates: arrays by name, or a reference to them in the object store."""
+    """The learner's network as of so many updates: arrays by name, or a reference to them in the object store.
 
+    `serial` is another one for each publication: two runs' networks may have had the same number of updates.
+    """
+
+    serial: int
     updates: int
     state: Any
 

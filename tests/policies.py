@@ -37,13 +37,13 @@ def make_policy(path: Path, mode: str = "frozen", *, encoder: Path | None = None
     config = PolicyConfig(
         mode=mode,
         stack=STACK,
-        z_dim=SETTINGS.z_dim,
+        z_shape=(SETTINGS.z_dim,),
         q=HEAD,
         action_names=preprocess.action_set,
         encoder={"address": str(encoder), "version": None, "sha256": sha256_of(encoder)} if encoder else None,
         encoder_config=models.to_record(SETTINGS.for_frames(preprocess.height, preprocess.width)),
     )
-    head = QHead(STACK, SETTINGS.z_dim, len(preprocess.action_set), HEAD)
+    head = QHead(STACK, (SETTINGS.z_dim,), len(preprocess.action_set), HEAD)
     network = QNetwork(head, None if mode == "frozen" else from_scratch(SETTINGS, preprocess))
     weights = {name: value.numpy() for name, value in network.state_dict().items()}
     save_policy(path, config, preprocess, weights, encoder_bundle=encoder, card={"Made for": "tests"})

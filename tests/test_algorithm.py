@@ -83,7 +83,7 @@ def write_policy(algorithm: LatentDQN, tmp_path):
     origin = {"address": str(encoder), "version": None, "sha256": config.encoder_sha256} if encoder else None
     record = models.to_record(config.encoder_config.for_frames(12, 12))
     policy = PolicyConfig(
-        config.mode, config.settings.stack, config.z_dim, config.q, ("LEFT", "NOOP", "RIGHT"), origin, record
+        config.mode, config.settings.stack, config.z_shape, config.q, ("LEFT", "NOOP", "RIGHT"), origin, record
     )
     path = tmp_path / f"policy-{algorithm.agent_steps}"
     save_policy(path, policy, catch_preprocess(), algorithm.network_state(), encoder_bundle=encoder, card={})

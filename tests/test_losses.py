@@ -131,7 +131,7 @@ def test_expected_values_are_means_of_the_distributions():
 @pytest.mark.parametrize("num_atoms", [1, 51])
 def test_both_dueling_streams_learn(num_atoms):
     torch.manual_seed(0)
-    head = QHead(2, 8, 6, QConfig(hidden=(32,), dueling=True, num_atoms=num_atoms))
+    head = QHead(2, (8,), 6, QConfig(hidden=(32,), dueling=True, num_atoms=num_atoms))
     z, actions, weights = torch.randn(64, 2, 8), torch.randint(0, 6, (64,)), torch.ones(64)
     outputs = head.outputs(z)
     if num_atoms == 1:
@@ -147,7 +147,7 @@ def test_both_dueling_streams_learn(num_atoms):
 @pytest.mark.parametrize("num_atoms", [1, 5])
 def test_dueling_outputs_average_to_the_value_stream_over_actions(num_atoms):
     torch.manual_seed(0)
-    head = QHead(2, 8, 6, QConfig(hidden=(32,), dueling=True, num_atoms=num_atoms))
+    head = QHead(2, (8,), 6, QConfig(hidden=(32,), dueling=True, num_atoms=num_atoms))
     z = torch.randn(4, 2, 8)
     features = head.layers[:-1](z.flatten(1))
     torch.testing.assert_close(head.outputs(z).mean(1).view(4, num_atoms), head.value(features))
@@ -157,7 +157,7 @@ def test_dueling_outputs_average_to_the_value_stream_over_actions(num_atoms):
 def test_a_distributional_dueling_head_learns_a_distribution_and_its_mean():
     """Returns of +-1 at even odds for action 0, and always 0.5 for action 1."""
     torch.manual_seed(0)
-    head = QHead(1, 4, 2, QConfig(hidden=(32,), dueling=True, num_atoms=21, v_min=-2, v_max=2))
+    head = QHead(1, (4,), 2, QConfig(hidden=(32,), dueling=True, num_atoms=21, v_min=-2, v_max=2))
     optimizer = torch.optim.Adam(head.parameters(), 3e-3)
     for _ in range(400):
         actions = torch.randint(0, 2, (64,))

@@ -38,7 +38,7 @@ def paper_network(network) -> nn.Module:
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_it_is_the_network_of_the_paper_in_either_layout(layout):
     torch.manual_seed(0)
-    network = q_network(NATURE, 4, 64 * 7 * 7, 6, NatureConvolutions(4, 84, 84))
+    network = q_network(NATURE, 4, (64 * 7 * 7,), 6, NatureConvolutions(4, 84, 84))
     assert sum(p.numel() for p in network.parameters()) == 1_687_206  # 4 frames and 6 actions in the paper's layers
     frames = torch.randint(0, 256, (5, 4, 84, 84), dtype=torch.uint8)
     expected = paper_network(network)(frames.float() / 255)
@@ -48,7 +48,7 @@ def test_it_is_the_network_of_the_paper_in_either_layout(layout):
 def test_it_learns_through_every_layer_and_sees_every_frame():
     torch.manual_seed(0)
     torso = NatureConvolutions(3, 60, 40)
-    network = q_network(NATURE, 3, torso.z_dim, 2, torso)
+    network = q_network(NATURE, 3, torso.z_shape, 2, torso)
     frames = torch.randint(0, 256, (2, 3, 60, 40), dtype=torch.uint8)
     network(frames).square().sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in network.parameters())
@@ -95,4 +95,4 @@ def test_an_architecture_that_is_given_beside_it_is_not_used():
     config.latent(encoder_config=VAESettings())
     config.validate()
     assert config.encoder_config is None
-    assert config.z_dim == 64 * 7 * 7
+    assert config.z_shape == (64 * 7 * 7,)

@@ -32,10 +32,10 @@ def write(tmp_path, mode: str = "frozen"):
     if mode == "finetune":
         for p in encoder.parameters():
             p.data += 0.01
-    network = QNetwork(QHead(2, 16, 3, QConfig((8,))), None if mode == "frozen" else encoder)
+    network = QNetwork(QHead(2, (16,), 3, QConfig((8,))), None if mode == "frozen" else encoder)
     origin = {"address": "models:/toy/1", "version": "1", "sha256": artifact.load_encoder(encoder_path).sha256}
     config = PolicyConfig(
-        mode, 2, 16, QConfig((8,)), ACTIONS, None if mode == "pixels" else origin, models.to_record(encoder.config)
+        mode, 2, (16,), QConfig((8,)), ACTIONS, None if mode == "pixels" else origin, models.to_record(encoder.config)
     )
     weights = {name: value.numpy() for name, value in network.state_dict().items()}
     bundle = None if mode == "pixels" else encoder_path

@@ -105,7 +105,7 @@ def test_a_policy_saved_from_the_module_has_its_values_whatever_the_layout_in_me
     state = {name.removeprefix("network."): value for name, value in module.get_state(inference_only=True).items()}
     assert not all(value.flags.c_contiguous for value in state.values())
     preprocess, record = catch_preprocess(), to_record(CONVOLUTIONS.for_frames(12, 12))
-    config = PolicyConfig("pixels", 2, 16, QConfig(hidden=(32,)), preprocess.action_set, None, record)
+    config = PolicyConfig("pixels", 2, (16,), QConfig(hidden=(32,)), preprocess.action_set, None, record)
     save_policy(tmp_path / "policy", config, preprocess, state, encoder_bundle=None, card={})
     frames = np.random.default_rng(0).integers(0, 255, (5, 12, 12), dtype=np.uint8)
     got = load_policy(tmp_path / "policy").values(frames, np.ones(5, bool))
@@ -129,7 +129,7 @@ def test_exploration_is_epsilon_greedy_with_one_rate_or_one_for_each_row(tmp_pat
 
 
 def test_polyak_averaging_moves_the_target_a_share_of_the_way():
-    online, target = QHead(2, 3, 2, QConfig((4,))), QHead(2, 3, 2, QConfig((4,)))
+    online, target = QHead(2, (3,), 2, QConfig((4,))), QHead(2, (3,), 2, QConfig((4,)))
     expected = [t + 0.25 * (o - t) for t, o in zip(target.parameters(), online.parameters(), strict=True)]
     blend(target, online, 0.25)
     for got, wanted in zip(target.parameters(), expected, strict=True):
@@ -137,7 +137,7 @@ def test_polyak_averaging_moves_the_target_a_share_of_the_way():
 
 
 def test_layer_norm_and_widths_are_what_was_asked_for():
-    head = QHead(4, 8, 6, QConfig(hidden=(32, 16), layer_norm=False))
+    head = QHead(4, (8,), 6, QConfig(hidden=(32, 16), layer_norm=False))
     assert [tuple(p.shape) for p in head.parameters() if p.ndim == 2] == [(32, 32), (16, 32), (6, 16)]
     assert not any(isinstance(layer, torch.nn.LayerNorm) for layer in head.modules())
 

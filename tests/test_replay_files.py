@@ -140,7 +140,7 @@ def test_segments_of_another_past_are_never_used(tmp_path):
     assert_equal(other, load_replay(tmp_path / "c", SPEC))
 
 
-def test_where_links_are_impossible_segments_are_copied(tmp_path, monkeypatch):
+def test_where_links_are_impossible_segments_are_written_again(tmp_path, monkeypatch):
     def refuse(*args):
         raise OSError("no links here")
 
@@ -174,5 +174,5 @@ def test_a_replay_of_other_settings_or_another_format_is_refused(tmp_path):
         load_replay(tmp_path / "replay", ReplaySpec(**{**SPEC.__dict__, "stack": 4}))
     record = json.loads((tmp_path / "replay" / "replay.json").read_text())
     (tmp_path / "replay" / "replay.json").write_text(json.dumps({**record, "format": 1}))
-    with pytest.raises(UserError, match="has format 1, this version reads format 2"):
+    with pytest.raises(UserError, match="has format 1, this version reads format 3"):
         load_replay(tmp_path / "replay", SPEC)

@@ -40,7 +40,7 @@ def test_what_only_pickle_could_hold_is_refused(tmp_path):
 
 
 def fill(text: str):
-    return lambda folder: (folder / "content").write_text(text)
+    return lambda folder, earlier: (folder / "content").write_text(text)
 
 
 def test_a_checkpoint_is_replaced_as_a_whole(tmp_path):
@@ -51,7 +51,7 @@ def test_a_checkpoint_is_replaced_as_a_whole(tmp_path):
     assert (path / "content").read_text() == "two"
     assert [folder.name for folder in tmp_path.iterdir()] == ["checkpoint"]
 
-    def dies(folder):
+    def dies(folder, earlier):
         (folder / "content").write_text("half")
         raise KeyboardInterrupt
 
@@ -76,7 +76,7 @@ def dying(moment, call):
 path, text, moment = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 moments = list(range(9))
 os.replace, Path.rename = dying(moment, os.replace), dying(moment, Path.rename)
-write_checkpoint(path, "run", dying(moment, lambda folder: (folder / "content").write_text(text)))
+write_checkpoint(path, "run", dying(moment, lambda folder, earlier: (folder / "content").write_text(text)))
 """
 
 

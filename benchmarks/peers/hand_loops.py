@@ -66,7 +66,7 @@ def hand(mode: str, warmup: int, num_envs: int = 32) -> Iterator[Counts]:
     settings = recipe.train
     env = make_vector(preprocess, num_envs, threads)
     encoder = artifact.from_scratch(PRETRAIN_RECIPES["vae"].model, preprocess).eval()
-    head = QHead(settings.stack, encoder.z_dim, env.num_actions, recipe.q)
+    head = QHead(settings.stack, encoder.z_shape, env.num_actions, recipe.q)
     online = QNetwork(head, encoder if mode == "pixels" else None)
     target = copy.deepcopy(online).requires_grad_(False)
     optimizer = torch.optim.Adam(online.parameters(), settings.lr, fused=True)

@@ -48,6 +48,11 @@ class ModelConfig(ModelSettings):
     height: int = 84
     width: int = 84
 
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(Z,), or (channels, height, width) where z is a grid over the frame; its product is `z_dim`."""
+        return (self.z_dim,)
+
 
 @dataclass(frozen=True)
 class ELBO:

@@ -71,6 +71,13 @@ class VAESettings(ModelSettings):
 class VAEConfig(ModelConfig, VAESettings):
     """Everything needed to build a VAE: its settings and the size of the frames."""
 
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """See ModelConfig."""
+        if not self.latent_channels:
+            return (self.z_dim,)
+        return (self.latent_channels, *grid_size(self.height, self.width, self.patch, len(self.widths) - 1))
+
 
 class VAE(LatentModel):
     """p(z) = N(0, I); convolutional Gaussian encoder and decoder, both with mean and variance.
