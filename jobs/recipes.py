@@ -64,9 +64,12 @@ _DEMO = TrainRecipe(
     ),
     _GRID,
 )
-# An update on latents is cheap: one for every agent step, where agent steps are what is dear.
+# An update on latents is cheap: one for every agent step, and a convolution, where agent steps are what is dear.
 _EFFICIENT = replace(
-    _DEMO, name="efficient", train=replace(_DEMO.train, updates_per_agent_step=1.0, target_update_updates=2_000)
+    _DEMO,
+    name="efficient",
+    q=replace(_DEMO.q, grid_channels=32),
+    train=replace(_DEMO.train, updates_per_agent_step=1.0, target_update_updates=2_000),
 )
 
 PRETRAIN_RECIPES = {

@@ -88,7 +88,7 @@ class LatentDQN(Algorithm):
         self.steps_per_runner: Counter[str] = Counter()
         self.recent_returns: deque[float] = deque(maxlen=_RETURN_WINDOW_EPISODES)
         self._finished_games: list[tuple[int, float]] = []
-        self._publications = 0
+        self._publications = self._restores_here = 0
         self._publish()
 
     def take_finished_games(self) -> list[tuple[int, float]]:
@@ -168,7 +168,7 @@ class LatentDQN(Algorithm):
 
     def _request(self) -> Request:
         era = (self.seed, self.num_barriers, self.num_restores)
-        return Request(self.agent_steps, era, self._weights)
+        return Request(self.agent_steps, era, self._weights, self._restores_here)
 
     def _due(self) -> int:
         return self.settings.due_updates(self.agent_steps) - self.updates
@@ -391,6 +391,7 @@ class LatentDQN(Algorithm):
         self.agent_steps, self.updates = state["agent_steps"], state["updates"]
         self.num_episodes, self.num_barriers, self.seed = state["num_episodes"], state["num_barriers"], state["seed"]
         self.num_restores = state["num_restores"] + (not self.settings.synchronous)
+        self._restores_here += 1
         self.workers.deaths = Counter(state["deaths"])
         self.recent_returns = deque(state["recent_returns"], maxlen=_RETURN_WINDOW_EPISODES)
         self.steps_per_runner = Counter(state["steps_per_runner"])

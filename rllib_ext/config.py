@@ -22,7 +22,7 @@ from pipeline.schema import Preprocess
 from rllib_ext.connectors import EncodeObservations, StackObservations
 from rllib_ext.learner import LatentDQNLearner, resolve_precision
 from rllib_ext.module import SPEC_KEY, LatentQModule, QModuleSpec
-from rllib_ext.networks import NatureConvolutions
+from rllib_ext.networks import GridConvolution, NatureConvolutions
 from rllib_ext.replay import ReplaySpec, required_bytes
 from rllib_ext.runner import EnvFactory, LatentEnvRunner, atari_factory
 from rllib_ext.settings import MODES, NATURE, PIXELS, DQNSettings, QConfig, replace_known
@@ -49,7 +49,7 @@ _HONOURED = {
     "callbacks_on_train_result",
 }
 _MOST_LEARNER_THREADS = 4  # two were worth 1.5 on pixels, on two cores; more than four have not been measured
-_MAX_SEED = 2**32 - 1  # numpy's legacy generator, which RLlib seeds
+_MAX_SEED = 2**32 - 1  # of numpy's legacy generator, which RLlib seeds with the sum of seed and worker's index
 _CGROUP = Path("/sys/fs/cgroup")
 # Attributes that latent(), training(), validate() or RLlib itself set.
 _OWN = {
@@ -184,6 +184,8 @@ class LatentDQNConfig(AlgorithmConfig):
         self._check_choices()
         self.settings.check(self.num_lanes)
         self._read_encoder()
+        if self.q.grid_channels:
+            GridConvolution(self.settings.stack, self.z_shape, self.q.grid_channels)
         self._check_this_machine()
         if not self._is_frozen:
             self.max_requests_in_flight_per_env_runner = math.ceil(self.settings.max_lead_fragments) + 1
@@ -280,9 +282,9 @@ class LatentDQNConfig(AlgorithmConfig):
                 )
 
     def _check_choices(self) -> None:
-        seed = self.seed
-        if seed is not None and not (isinstance(seed, int) and 0 <= seed <= _MAX_SEED):
-            raise UserError(f"the seed is {seed!r}; give a whole number from 0 to {_MAX_SEED}, or None")
+        seed, greatest = self.seed, _MAX_SEED - self.num_env_runners
+        if seed is not None and not (isinstance(seed, int) and 0 <= seed <= greatest):
+            raise UserError(f"the seed is {seed!r}; give a whole number from 0 to {greatest}, or None")
         if self.mode not in MODES:
             raise UserError(f"unknown mode {self.mode!r}; choose one of {', '.join(MODES)}")
         if self.preprocess is None:

@@ -79,7 +79,7 @@ def project_distribution(probs_BN: Tensor, returns_B: Tensor, discount_B: Tensor
     moved_BN = returns_B[:, None] + discount_B[:, None] * atoms_N
     num_gaps = len(atoms_N) - 1
     position_BN = ((moved_BN - atoms_N[0]) * (num_gaps / (atoms_N[-1] - atoms_N[0]))).clamp(0, num_gaps)
-    below_BN = position_BN.long().clamp(max=num_gaps - 1)
+    below_BN = position_BN.long().clamp(0, num_gaps - 1)  # no number: mass of none, not an index
     mass_above_BN = probs_BN * (position_BN - below_BN)
     projected_BN = torch.zeros_like(probs_BN)
     projected_BN.scatter_add_(1, below_BN, probs_BN - mass_above_BN)

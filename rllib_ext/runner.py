@@ -96,9 +96,9 @@ class LatentEnvRunner(EnvRunner, Checkpointable):
         self._weights_serial = self._weights_updates = -1
         self._answered_at: float | None = None
         self._obs: _Observation | None = None
-        self._era: tuple[int, ...] = ()
+        self._era: tuple[tuple[int, ...], int] | None = None
         self._actor = ray.get_runtime_context().get_actor_id() or "" if self.worker_index else ""
-        self._enter((self.config.seed or 0, 0, 0))
+        self._enter((self.config.seed or 0, 0, 0), restores=0)
 
     def make_env(self) -> None:
         """Builds the vector environment; the next sample starts new episodes."""
@@ -112,14 +112,14 @@ class LatentEnvRunner(EnvRunner, Checkpointable):
         spec = self.config.get_rl_module_spec(spaces=self.get_spaces(), inference_only=True)
         self.module: LatentQModule = spec.build().eval()
 
-    def _enter(self, era: tuple[int, ...]) -> None:
+    def _enter(self, era: tuple[int, ...], restores: int) -> None:
         """Starts anew: fresh episodes, seeds of environments and exploration that depend on the era and the runner."""
-        if era == self._era:
+        if (era, restores) == self._era:
             return
         entropy = np.random.SeedSequence([*era, self.worker_index or 0])
         self._env_seeds = np.random.default_rng(entropy)
         self._exploration = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
-        self._era, self._obs = era, None
+        self._era, self._obs = (era, restores), None
 
     def sample_fragment(self, request: Request) -> Fragment | Exception:
         """Answers a request of the algorithm: takes newer weights over, enters its era, takes a fragment's steps.
@@ -137,7 +137,7 @@ class LatentEnvRunner(EnvRunner, Checkpointable):
         return fragment
 
     def _answer(self, request: Request) -> Fragment:
-        self._enter(request.era)
+        self._enter(request.era, request.restores)
         if request.weights.serial != self._weights_serial:
             self.module.set_state(request.weights.load())
             self._weights_serial, self._weights_updates = request.weights.serial, request.weights.updates

@@ -55,8 +55,6 @@ class QConfig:
         """Checks types, the widths, the atoms and the torso."""
         if (wrong := wrong_type(self)) is not None:
             raise ValueError(f"q.{wrong}")
-        if not all(isinstance(width, int) for width in self.hidden):
-            raise ValueError(f"q.hidden is {list(self.hidden)}; every width must be a whole number")
         if any(width < 1 for width in self.hidden):
             raise ValueError(f"q.hidden is {list(self.hidden)}; every width must be at least 1")
         if self.grid_channels < 0:
@@ -280,8 +278,12 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
 def wrong_type(settings: Any) -> str | None:
     """The first field of a dataclass that holds another type than it declares, or no finite number; None if all do."""
     for field in dataclasses.fields(settings):
-        types, what = _TYPES.get(str(field.type), ((object,), ""))
         value = getattr(settings, field.name)
+        if field.type == "tuple[int, ...]":
+            if not isinstance(value, tuple | list) or any(type(item) is not int for item in value):
+                return f"{field.name} is {value!r}; it must be a list of whole numbers"
+            continue
+        types, what = _TYPES[str(field.type)]
         if not isinstance(value, types) or (isinstance(value, bool) and field.type != "bool"):
             return f"{field.name} is {value!r}; it must be {what}"
         if isinstance(value, float) and not math.isfinite(value):

@@ -45,12 +45,14 @@ class Request(NamedTuple):
     """Asks a runner for one fragment.
 
     `agent_steps` taken so far by all runners, for schedules; `era`: numbers that seed environments and exploration; a
-    runner that meets a new era starts new episodes; `weights` to act with.
+    runner that meets a new era starts new episodes; `weights` to act with; `restores` of this algorithm: after another
+    one a runner starts anew, in the same era too, and from its seeds.
     """
 
     agent_steps: int
     era: tuple[int, ...]
     weights: Weights
+    restores: int = 0
 
 
 class RolloutWorkers:

@@ -180,6 +180,46 @@ def assert_light(algorithm: LatentDQN) -> None:
         assert not {"pipeline.registry", "pipeline.stream", "pipeline.train", "jobs.train"} & set(modules)
 
 
+class WideCatch(VectorCatch):
+    """With 300 actions, of which every third does the same; remembers what was taken."""
+
+    def __init__(self, num_envs: int) -> None:
+        super().__init__(num_envs)
+        self.num_actions, self.action_names = 300, tuple(map(str, range(300)))
+        self.taken: list[np.ndarray] = []
+
+    def step(self, actions):
+        self.taken.append(actions.copy())
+        return super().step(actions % 3)
+
+
+def test_three_hundred_actions_are_learned_from_as_they_were_taken(build, tmp_path):
+    config = toy_config("frozen", make_encoder(tmp_path / "encoder"))
+    algorithm = build(config.latent(env_factory=lambda preprocess, num_envs, num_threads: WideCatch(num_envs)))
+    train(algorithm, 200)
+    taken = np.stack(algorithm.env_runner.env.vector.taken)  # (rows, lanes)
+    assert taken.max() > 255
+    held = algorithm.replay.columns["action"][:, : len(taken)].T
+    np.testing.assert_array_equal(held, taken[: len(held)])
+    drawn = algorithm.replay.sample(500)
+    np.testing.assert_array_equal(drawn.action, taken[drawn.ids // 4, drawn.ids % 4])
+
+
+@pytest.mark.parametrize("mode", ["frozen", "finetune", "pixels"])
+def test_a_convolution_over_the_grid_of_the_latents_is_trained(build, tmp_path, mode):
+    vae = VAESettings(patch=3, widths=(8,), num_blocks=0, latent_channels=2)  # 4x4 cells
+    config = toy_config(mode, make_encoder(tmp_path / "encoder", settings=vae))
+    config.latent(q=QConfig(hidden=(32,), grid_channels=4), encoder_config=None if mode != "pixels" else vae)
+    algorithm = build(config)
+    assert algorithm.config.z_shape == (2, 4, 4)
+    before = algorithm.network_state()["head.grid.conv.weight"].copy()
+    figures = train(algorithm, 120)
+    assert figures["updates"] > 0
+    after = algorithm.network_state()["head.grid.conv.weight"]
+    assert after.shape == (4, 2 * 2, 3, 3)
+    assert (before != after).mean() > 0.5  # a channel may be dead
+
+
 def test_a_resumed_run_continues_with_replay_optimizer_and_counters(build, tmp_path):
     encoder = make_encoder(tmp_path / "encoder")
     config = toy_config("frozen", encoder).latent(run_id="mine")

@@ -74,6 +74,23 @@ def test_inactive_dimensions_are_not_blown_up():
     assert STATS.scale[1] == pytest.approx(2**0.5)
 
 
+def test_a_bundle_keeps_the_hashes_of_files_that_it_links_and_of_no_others(tmp_path):
+    with bundle.writing(tmp_path / "earlier") as draft:
+        for name in ("linked", "changed", "copied"):
+            (draft / name).write_text(name)
+    for name in ("changed", "copied"):
+        (tmp_path / "earlier" / name).write_text("other bytes")
+    with bundle.writing(tmp_path / "new", tmp_path / "earlier") as draft:
+        for name in ("linked", "changed"):
+            (draft / name).hardlink_to(tmp_path / "earlier" / name)
+        (draft / "copied").write_text("bytes of its own")
+        (draft / "fresh").write_text("fresh")
+    with pytest.raises(UserError, match=r"bundle .*new: the bytes of changed have changed"):
+        bundle.verify(tmp_path / "new")
+    (tmp_path / "new" / "changed").write_text("changed")  # what it held when it was sealed
+    bundle.verify(tmp_path / "new")
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "stats.json", "preprocess.json", "README.md"])
 def test_a_changed_byte_is_refused_and_its_file_named(path, name):
     content = bytearray((path / name).read_bytes())

@@ -22,7 +22,7 @@ import pytest
 from toy_frames import toy_dataset, toy_preprocess
 
 from jobs.cli import main
-from pipeline import artifact, collect
+from pipeline import artifact, bundle, collect
 from pipeline.artifact import LatentStats, save_encoder
 from pipeline.atari import preprocess_for
 from pipeline.errors import TrackingPending
@@ -82,6 +82,10 @@ def test_unknown_game(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None
         (("sync", "no-such-run"), "no run 'no-such-run'"),
         ((*COLLECT, "--seed", -1), "'-1' is no seed"),
         (("demo", "--seed", "-1"), "'-1' is no seed"),
+        (("train", "--game", "pong", "--mode", "pixels", "--seed", 2**32), "'4294967296' is no seed"),
+        (("train", "--game", "pong", "--mode", "pixels", "--seed", "1.5"), "'1.5' is no seed"),
+        (("train", "--game", "pong", "--mode", "pixels", "--set", "train.lr=.nan"), "train.lr is nan"),
+        (("train", "--game", "pong", "--mode", "pixels", "--set", "q.v_min=-.inf"), "q.v_min is -inf"),
         ((*COLLECT, "--epsilon", "nan"), "'nan' is no share"),
         ((*COLLECT[:-1], "ftp9://me:hunter2@host/frames"), "ftp9://***@host"),
         (("train", "--game", "pong", "--mode", "pixels", "--set", "q.hidden=[-1]"), "q.hidden is [-1]"),
@@ -176,6 +180,20 @@ def test_encoder_folder_that_is_none(capfd: pytest.CaptureFixture[str], tmp_path
     complaint = refused(capfd, "train", "--game", "pong", "--encoder", "no/folder")
     assert "'no/folder' is neither a folder nor an address" in complaint
     assert "is not a bundle" in refused(capfd, "train", "--game", "pong", "--encoder", tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "train: [", "- 1", "name: toy", "run: 3", "\x80", None])
+def test_resuming_a_run_whose_settings_are_lost(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, content: str | None
+) -> None:
+    folder = tmp_path / "home" / "runs" / "train-pong-pixels-001"
+    with bundle.writing(folder / "checkpoint") as draft:
+        (draft / "run").write_text("its id")
+    if content is not None:
+        (folder / "config.yaml").write_bytes(content.encode("latin-1"))
+    complaint = refused(capfd, "train", "--game", "pong", "--mode", "pixels", "--resume")
+    assert "config.yaml does not hold the settings of a run" in complaint
+    assert {path.name for path in folder.iterdir()} <= {"checkpoint", "config.yaml"}
 
 
 def test_sealed_folder_that_is_no_encoder(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from rl_toys import make_encoder, toy_config
 from pipeline.errors import UserError
 from rllib_ext.algorithm import RESULTS_KEY, LatentDQN
 from rllib_ext.runner import LatentEnvRunner
-from rllib_ext.settings import DQNSettings
+from rllib_ext.settings import DQNSettings, QConfig
 from rllib_ext.workers import Request, Weights
 
 
@@ -172,6 +172,38 @@ def test_an_error_of_the_environment_ends_the_run(build, encoder):
     ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
+def nan_factory(preprocess, num_envs, num_threads):
+    return VectorCatch(num_envs, scale=float("nan"))
+
+
+EXPECTED, DISTRIBUTIONS = QConfig(hidden=(32,)), QConfig(hidden=(32,), num_atoms=7)
+
+
+@pytest.mark.parametrize("priority_alpha", [0.0, 0.6])
+@pytest.mark.parametrize("q", [EXPECTED, DISTRIBUTIONS], ids=["values", "distributions"])
+@pytest.mark.parametrize("has_nan_rewards", [False, True], ids=["rate", "rewards"])
+def test_a_loss_that_is_no_number_ends_the_run(build, encoder, priority_alpha, q, has_nan_rewards):
+    rates = {} if has_nan_rewards else {"lr": 1e30, "grad_clip": 0.0}
+    config = toy_config("frozen", encoder, priority_alpha=priority_alpha, **rates).latent(q=q)
+    algorithm = build(config.latent(env_factory=nan_factory if has_nan_rewards else catch.catch_factory))
+    with pytest.raises(UserError, match=r"Q-learning has diverged: the loss is (nan|inf) after \d+ updates") as caught:
+        train(algorithm, 600)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_synchronous_run_waits_while_its_only_worker_is_away(build, encoder):
+    algorithm = build(toy_config("frozen", encoder, synchronous=True).env_runners(num_env_runners=1))
+    algorithm.train()
+    steps = algorithm.agent_steps
+    (pid,) = algorithm.env_runner_group.foreach_env_runner(lambda _: os.getpid(), local_env_runner=False)
+    os.kill(pid, signal.SIGKILL)
+    for _ in range(3):
+        algorithm.train()
+        assert algorithm.agent_steps > steps, "no step is empty"
+        steps = algorithm.agent_steps
+    assert algorithm.workers.deaths == {1: 1}
+
+
 @pytest.mark.parametrize("num_learners", [1, 2])
 def test_remote_learners_learn_and_set_priorities(build, encoder, num_learners):
     config = toy_config("frozen", encoder, priority_alpha=0.6).env_runners(num_env_runners=1)
@@ -185,10 +217,16 @@ def test_remote_learners_learn_and_set_priorities(build, encoder, num_learners):
     assert sum(len(ids) for ids in told) == algorithm.updates * config.settings.batch_size
 
 
+@pytest.mark.parametrize("num_runners", [0, 1])
+def test_the_highest_seed_that_is_allowed_seeds_every_process(build, encoder, num_runners):
+    config = toy_config("frozen", encoder).env_runners(num_env_runners=num_runners).debugging(seed=2**32 - 1 - num_runners)
+    assert train(build(config), 100)["agent_steps"] >= 100
+
+
 def test_a_new_era_starts_new_episodes_from_other_seeds(encoder):
     algorithm = toy_config("frozen", encoder).build_algo()
     runner: LatentEnvRunner = algorithm.env_runner
-    weights = Weights(0, algorithm._module_state())
+    weights = Weights(1, 0, algorithm._module_state())
 
     def first_frames(era):
         return runner.sample_fragment(Request(0, era, weights)).rows
@@ -219,7 +257,8 @@ def test_apex_gives_each_environment_its_own_rate():
         ({"n_step": 9}, "longer than a fragment of 8"),
         ({"exploration": "sometimes"}, "choose one of schedule, apex"),
         ({"precision": "fp8"}, "choose one of float32, bf16, auto"),
-        ({"max_lead_fragments": 0}, "must be above 0"),
+        ({"max_lead_fragments": 0}, "max_lead_fragments is 0; it must be 1 or more"),
+        ({"max_lead_fragments": 0.99}, "max_lead_fragments is 0.99; it must be 1 or more"),
         ({"replay_capacity": 10**12}, "GiB when full; this machine has"),
     ],
 )
@@ -229,7 +268,12 @@ def test_settings_that_cannot_work_are_refused_before_anything_starts(encoder, c
 
 
 def test_learners_are_refused_where_there_is_no_room_for_them(encoder):
-    with pytest.raises(UserError, match=r"num_learners is 16, more than the 8 CPUs"):
+    too_many = toy_config("frozen", encoder, batch_size=16).env_runners(num_env_runners=5).learners(num_learners=4)
+    too_many.check()  # asks no cluster
+    with pytest.raises(UserError, match=r"num_env_runners is 5 and num_learners is 4, which take 9 CPUs, .* the 8 "):
+        too_many.validate()
+    too_many.learners(num_learners=2).validate()
+    with pytest.raises(UserError, match=r"num_env_runners is 0 and num_learners is 16, which take 16 CPUs"):
         toy_config("frozen", encoder, batch_size=16).learners(num_learners=16).validate()
     with pytest.raises(UserError, match="3 learners cannot share"):
         toy_config("frozen", encoder, batch_size=16).learners(num_learners=3).validate()

@@ -79,7 +79,7 @@ def test_the_command_trains_it_and_the_policy_is_what_was_learned(tmp_path):
     policy = load_policy(Path(result["run_folder"]) / "policy")
     record = json.loads((policy.bundle_path / "config.json").read_text())
     assert record["encoder_config"] is None
-    assert record["z_dim"] == 64 * 7 * 7
+    assert record["z_shape"] == [64 * 7 * 7]
     rng, rolling = np.random.default_rng(0), RollingStack(policy.config.stack)
     for t in range(3):
         frames, is_first = rng.integers(0, 256, (2, 84, 84), dtype=np.uint8), np.full(2, t == 0)

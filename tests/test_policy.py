@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,27 +16,29 @@ from rl_toys import TOY_VAE, make_encoder
 from pipeline import artifact, models
 from pipeline.artifact import weights_sha256
 from pipeline.errors import UserError
+from pipeline.models.vae import VAESettings
 from rllib_ext.networks import QHead, QNetwork
 from rllib_ext.policy import PolicyConfig, load_policy, save_policy
 from rllib_ext.settings import QConfig
 from rllib_ext.stacking import RollingStack
 
+GRID = replace(TOY_VAE, latent_channels=2)  # 4x4 cells of catch
 ACTIONS = ("LEFT", "NOOP", "RIGHT")
 
 
-def write(tmp_path, mode: str = "frozen"):
+def write(tmp_path, mode: str = "frozen", vae: VAESettings = TOY_VAE, q: QConfig = QConfig((8,))):  # noqa: B008
     torch.manual_seed(1)
-    encoder_path = make_encoder(tmp_path / "encoder")
+    encoder_path = make_encoder(tmp_path / "encoder", settings=vae)
     encoder = artifact.load_encoder(encoder_path)
     if mode == "pixels":
-        encoder = artifact.from_scratch(TOY_VAE, catch_preprocess())
+        encoder = artifact.from_scratch(vae, catch_preprocess())
     if mode == "finetune":
         for p in encoder.parameters():
             p.data += 0.01
-    network = QNetwork(QHead(2, (16,), 3, QConfig((8,))), None if mode == "frozen" else encoder)
+    network = QNetwork(QHead(2, encoder.z_shape, 3, q), None if mode == "frozen" else encoder)
     origin = {"address": "models:/toy/1", "version": "1", "sha256": artifact.load_encoder(encoder_path).sha256}
     config = PolicyConfig(
-        mode, 2, (16,), QConfig((8,)), ACTIONS, None if mode == "pixels" else origin, models.to_record(encoder.config)
+        mode, 2, encoder.z_shape, q, ACTIONS, None if mode == "pixels" else origin, models.to_record(encoder.config)
     )
     weights = {name: value.numpy() for name, value in network.state_dict().items()}
     bundle = None if mode == "pixels" else encoder_path
@@ -44,8 +47,9 @@ def write(tmp_path, mode: str = "frozen"):
 
 
 @pytest.mark.parametrize("mode", ["frozen", "finetune", "pixels"])
-def test_a_loaded_policy_has_the_values_of_the_network_that_was_saved(tmp_path, mode):
-    path, network, encoder = write(tmp_path, mode)
+@pytest.mark.parametrize(("vae", "q"), [(TOY_VAE, QConfig((8,))), (GRID, QConfig((8,), grid_channels=3))])
+def test_a_loaded_policy_has_the_values_of_the_network_that_was_saved(tmp_path, mode, vae, q):
+    path, network, encoder = write(tmp_path, mode, vae, q)
     policy = load_policy(path)
     rng, rolling = np.random.default_rng(0), RollingStack(2)
     policy.reset(5)

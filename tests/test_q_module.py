@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+
 import numpy as np
 import pytest
 import torch
 from catch import catch_preprocess
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ray import tune
 from rl_toys import make_encoder, toy_config
 from test_learner import CONVOLUTIONS, make_learner, moved, random_batch, update, weights
 
 from pipeline.errors import UserError
 from pipeline.models import to_record
-from rllib_ext.networks import QHead, blend
+from rllib_ext.networks import GridConvolution, QHead, blend
 from rllib_ext.policy import PolicyConfig, load_policy, save_policy
 from rllib_ext.settings import DQNSettings, QConfig
 
@@ -142,6 +148,44 @@ def test_layer_norm_and_widths_are_what_was_asked_for():
     assert not any(isinstance(layer, torch.nn.LayerNorm) for layer in head.modules())
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.tuples(st.integers(1, 3), st.integers(4, 7), st.integers(4, 7)), st.integers(1, 3), st.sampled_from([1, 2]))
+def test_what_moves_by_one_cell_has_its_features_moved_by_one_cell(z_shape, stack, axis):
+    """Away from the border, where the padding begins."""
+    grid, z = GridConvolution(stack, z_shape, 5), torch.randn(3, stack, *z_shape)
+
+    def features(z_BKChw: torch.Tensor) -> torch.Tensor:
+        return grid(z_BKChw.flatten(2)).view(3, *z_shape[1:], 5).detach()  # (B, h, w, channels)
+
+    here, there = features(z).movedim(axis, 0), features(z.roll(1, 2 + axis)).movedim(axis, 0)
+    torch.testing.assert_close(there[2:-1], here[1:-2])
+    assert not torch.equal(there, here)
+
+
+@pytest.mark.parametrize("num_atoms", [1, 7])
+def test_a_head_on_a_grid_convolves_the_unflattened_stack(num_atoms):
+    head = QHead(2, (3, 4, 5), 6, QConfig((7,), grid_channels=8, num_atoms=num_atoms))
+    z = torch.randn(9, 2, 60)
+    maps = torch.stack([torch.cat([latent.view(3, 4, 5) for latent in stack]) for stack in z])
+    features = torch.nn.functional.conv2d(maps, head.grid.conv.weight, head.grid.conv.bias, padding=1).relu()
+    expected = head.layers(features.permute(0, 2, 3, 1).reshape(9, -1)).view(head.outputs(z).shape)
+    torch.testing.assert_close(head.outputs(z), expected)
+    torch.testing.assert_close(head(z.half()), head(z.half().float()))
+    assert head(z).shape == (9, 6)
+
+
+def test_a_convolution_is_refused_where_there_is_no_grid(tmp_path):
+    q = QConfig((8,), grid_channels=4)
+    with pytest.raises(UserError, match=r"q.grid_channels is 4, and the encoder's latents lie on no grid"):
+        QHead(2, (16,), 3, q)
+    with pytest.raises(UserError, match="lie on no grid"):
+        toy_config("frozen", make_encoder(tmp_path / "encoder")).latent(q=q).validate()
+    with pytest.raises(UserError, match=r"q.grid_channels is 4, and q.torso nature has no grid"):
+        toy_config("pixels", None).latent(q=dataclasses.replace(q, torso="nature")).validate()
+    with pytest.raises(ValueError, match=r"q.grid_channels is -1"):
+        QConfig(grid_channels=-1)
+
+
 def test_the_replay_ratio_counts_from_the_end_of_the_warm_up():
     settings = DQNSettings(updates_per_agent_step=0.25, warmup_agent_steps=100)
     assert [settings.due_updates(n) for n in (0, 100, 103, 104, 1100)] == [0, 0, 0, 1, 250]
@@ -164,6 +208,59 @@ def test_bad_settings_are_one_clear_line(tmp_path, changes, message):
     with pytest.raises(UserError, match=message) as caught:
         config.validate()
     assert "\n" not in str(caught.value)
+
+
+NAN, INFINITY = float("nan"), float("inf")
+OF_ANOTHER_TYPE = {
+    "int": (1.5, "1", None, True, NAN),
+    "float": ("1", None, True, NAN, INFINITY, -INFINITY),
+    "bool": ("no", 1, None),
+    "str": (1, None, True),
+    "tuple[int, ...]": (None, 3, "1", (1.5,), (None,), ("1",), (True,)),
+}
+
+
+def wrong_values(settings: type) -> list:
+    """(name, value of another type than is declared or not finite) for every field there is."""
+    fields = dataclasses.fields(settings)
+    return [pytest.param(f.name, v, id=f"{f.name}={v!r}") for f in fields for v in OF_ANOTHER_TYPE[f.type]]
+
+
+@pytest.mark.parametrize(("name", "value"), wrong_values(DQNSettings))
+def test_every_setting_of_the_training_must_have_its_type(name, value):
+    with pytest.raises(UserError, match=re.escape(f"train.{name} is {value!r}; it must be ")) as caught:
+        DQNSettings(**{name: value}).check(16)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "value"), wrong_values(QConfig))
+def test_every_setting_of_the_head_must_have_its_type(name, value):
+    with pytest.raises(ValueError, match=re.escape(f"q.{name} is ")) as caught:
+        QConfig(**{name: value})
+    assert repr(value).strip("(),") in str(caught.value)
+    assert re.search(r"(must be|choose|give) \S", str(caught.value))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 1.0, "1", NAN])
+def test_a_seed_that_no_generator_takes_is_refused(tmp_path, seed):
+    config = toy_config("frozen", make_encoder(tmp_path / "encoder"))
+    with pytest.raises(UserError, match=re.escape(f"the seed is {seed!r}; give a whole number from 0 to 4294967295")):
+        config.debugging(seed=seed).validate()
+    for sound in (0, 2**32 - 1, None):
+        config.debugging(seed=sound).validate()
+
+
+def test_a_search_space_of_tune_is_checked_when_it_has_become_a_value(tmp_path):
+    searched = toy_config("frozen", make_encoder(tmp_path / "encoder"))
+    searched.training(
+        max_lead_fragments=tune.choice([1, 2]), grad_clip=tune.uniform(0.0, 1.0), lr=tune.grid_search([1])
+    )
+    drawn = searched.copy().update_from_dict({"max_lead_fragments": 2, "grad_clip": 0.5, "lr": 1})
+    drawn.validate()
+    assert drawn.settings.max_lead_fragments == 2
+    with pytest.raises(UserError, match=r"train.lr is .*; it must be a number"):
+        searched.validate()
 
 
 def test_unknown_and_unsupported_settings_are_errors(tmp_path):

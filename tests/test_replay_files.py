@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_replay import ALPHAS, CUT_SHORT, GO, LIFE, OVER, FakeGame, histories, play, played
 
+from pipeline import bundle
 from pipeline.errors import UserError
 from rllib_ext import replay_files
+from rllib_ext.checkpoint import verify_checkpoint, write_checkpoint
 from rllib_ext.replay import ColumnarReplay, ReplaySpec
 from rllib_ext.replay_files import load_replay, save_replay
 
@@ -140,17 +142,72 @@ def test_segments_of_another_past_are_never_used(tmp_path):
     assert_equal(other, load_replay(tmp_path / "c", SPEC))
 
 
-def test_where_links_are_impossible_segments_are_written_again(tmp_path, monkeypatch):
+def corrupt(file: Path) -> None:
+    """Turns one bit over in place, as a disk would; every link to the file sees it."""
+    with file.open("r+b") as stream:
+        stream.seek(-1, 2)
+        (last,) = stream.read(1)
+        stream.seek(-1, 2)
+        stream.write(bytes([last ^ 1]))
+
+
+def test_where_links_are_impossible_segments_are_written_anew_from_memory(tmp_path, monkeypatch):
     def refuse(*args):
         raise OSError("no links here")
 
     monkeypatch.setattr(replay_files.os, "link", refuse)
     replay, game = filled(70)
     save_replay(replay, tmp_path / "a")
+    for segment in (tmp_path / "a").glob("obs-*.npy"):
+        corrupt(segment)
     add(replay, game, 3)
     save_replay(replay, tmp_path / "b", tmp_path / "a")
     assert shared_segments(tmp_path / "b", tmp_path / "a") == []
     assert_equal(replay, load_replay(tmp_path / "b", SPEC))
+
+
+def checkpointed(replay: ColumnarReplay, path: Path) -> None:
+    write_checkpoint(path, "run", lambda folder, old: save_replay(replay, folder / "replay", old and old / "replay"))
+
+
+def test_a_checkpoint_does_not_hash_again_what_it_links(tmp_path, monkeypatch):
+    replay, game = filled(64)
+    checkpointed(replay, tmp_path / "checkpoint")
+    hashed = []
+    hash_file = bundle._hash
+    monkeypatch.setattr(bundle, "_hash", lambda file: (hashed.append(file.name), hash_file(file))[1])
+    checkpointed(replay, tmp_path / "checkpoint")
+    assert "replay.json" in hashed
+    assert not [name for name in hashed if name.startswith("obs-")]
+    add(replay, game, 1)  # the ring begins anew: segment 0
+    checkpointed(replay, tmp_path / "checkpoint")
+    assert [name for name in hashed if name.startswith("obs-")] == ["obs-00000.npy"]
+    verify_checkpoint(tmp_path / "checkpoint", "run")
+
+
+def test_bytes_that_changed_after_a_checkpoint_do_not_pass_for_sound_in_the_next(tmp_path):
+    replay, game = filled(40)
+    path = tmp_path / "checkpoint"
+    checkpointed(replay, path)
+    corrupt(path / "replay" / "obs-00003.npy")
+    add(replay, game, 4)
+    checkpointed(replay, path)
+    with pytest.raises(UserError, match=r"the bytes of replay/obs-00003.npy have changed"):
+        verify_checkpoint(path, "run")
+
+
+@pytest.mark.parametrize("num_actions", [300, 2**16])
+def test_actions_come_back_as_they_went_in_however_many_there_are(tmp_path, num_actions):
+    replay, rng = ColumnarReplay(SPEC), np.random.default_rng(0)
+    rows = FakeGame(2).fragment([[GO, GO]] * 60)
+    actions = rng.integers(0, num_actions, (60, 2))
+    actions[:2] = [[255, 256], [257, num_actions - 1]]
+    replay.add(rows._replace(action=actions), 0)
+    save_replay(replay, tmp_path / "replay")
+    for held in (replay, load_replay(tmp_path / "replay", SPEC)):
+        drawn = held.sample(500)
+        np.testing.assert_array_equal(drawn.action, actions[drawn.ids // 2, drawn.ids % 2])
+        assert drawn.action.max() > 255
 
 
 def test_a_previous_folder_that_is_not_there_is_no_obstacle(tmp_path):

@@ -28,7 +28,10 @@ def gather(kept: Kept) -> Runs:
 
 
 def summary(runs: Runs) -> dict[str, dict[str, dict[str, Any]]]:
-    """By task and arm: mean return of the last training games and of greedy games, over seeds; minutes; steps/s."""
+    """By task and arm: mean return of all and of the last training games and of greedy ones, over seeds; speed.
+
+    The mean of all games, by the agent steps they took, is the area under the curve: it tells sooner who learns faster.
+    """
     return {task: {arm: _summarise(task, by_seed) for arm, by_seed in arms.items()} for task, arms in runs.items()}
 
 
@@ -36,12 +39,21 @@ def _summarise(task: str, by_seed: dict[int, dict[str, Any]]) -> dict[str, Any]:
     results = list(by_seed.values())
     last = [float(np.mean([game[1] for game in run["games"][-TASKS[task].window :]])) for run in results]
     seconds = float(np.median([run["seconds"] for run in results]))
-    figures = {"seeds": len(results), "last_games": _mean(last), "minutes": round(seconds / 60, 1)}
+    area = [_area(np.array([game[:2] for game in run["games"]]), TASKS[task].agent_steps) for run in results]
+    figures = {"seeds": len(results), "all_games": _mean(area), "last_games": _mean(last)}
+    figures["minutes"] = round(seconds / 60, 1)
     figures["agent_steps_per_s"] = round(TASKS[task].agent_steps / seconds)
     if "greedy" in results[0]:
         greedy = [float(np.mean(run["greedy"])) for run in results]
         figures |= {"greedy": _mean(greedy), "games_a_seed": len(results[0]["greedy"])}
     return figures
+
+
+def _area(games: np.ndarray, agent_steps: int) -> float:
+    """Mean over the run's agent steps of the return of the last game that had ended; the first one's before that."""
+    steps, returns = games.T
+    spans = np.diff([0.0, *steps, agent_steps])
+    return float(np.average([returns[0], *returns], weights=spans.clip(min=0)))
 
 
 def _mean(by_seed: list[float]) -> dict[str, Any]:
@@ -63,11 +75,15 @@ def write(folder: Path, runs: Runs) -> None:
 
 def _table(task: str, arms: dict[str, dict[str, Any]]) -> str:
     lines = [f"\n## {task}: {TASKS[task].agent_steps:,} agent steps\n"]
-    lines += ["| arm | | last training games | greedy games | seeds | minutes |", "|---|---|---|---|---|---|"]
+    lines += [
+        "| arm | | all training games | the last | greedy games | seeds | minutes |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, row in arms.items():
         arm: Arm = TASKS[task].arms[name]
         greedy = _shown(row["greedy"]) if "greedy" in row else ""
-        cells = (f"`{name}`", arm.what, _shown(row["last_games"]), greedy, str(row["seeds"]), str(row["minutes"]))
+        training = (_shown(row["all_games"]), _shown(row["last_games"]))
+        cells = (f"`{name}`", arm.what, *training, greedy, str(row["seeds"]), str(row["minutes"]))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", f"![curves](learning-{task}.png)", ""])
 
