@@ -71,11 +71,13 @@ class QHead(nn.Module):
         x = x.flatten(1) if self.grid is None else self.grid(x)
         for layer in trunk:
             x = layer(x)
-        outputs: Tensor = stream(x).float()
+        with torch.autocast("cpu", enabled=False):  # values need more digits than bf16 has
+            x = x.float()
+            outputs: Tensor = stream(x)
+            value = None if self.value is None else self.value(x)
         if self.is_distributional:
             outputs = outputs.view(len(outputs), -1, len(self.atoms))
-        if self.value is not None:
-            value = self.value(x).float()
+        if value is not None:
             outputs = outputs - outputs.mean(1, keepdim=True) + (value[:, None] if self.is_distributional else value)
         return outputs
 

@@ -27,6 +27,7 @@ TOY_TRAINING = DQNSettings(
     target_update_updates=20,
     envs_per_runner=4,
     fragment_length=8,
+    precision="float32",
 )
 
 

@@ -219,7 +219,9 @@ def test_remote_learners_learn_and_set_priorities(build, encoder, num_learners):
 
 @pytest.mark.parametrize("num_runners", [0, 1])
 def test_the_highest_seed_that_is_allowed_seeds_every_process(build, encoder, num_runners):
-    config = toy_config("frozen", encoder).env_runners(num_env_runners=num_runners).debugging(seed=2**32 - 1 - num_runners)
+    config = (
+        toy_config("frozen", encoder).env_runners(num_env_runners=num_runners).debugging(seed=2**32 - 1 - num_runners)
+    )
     assert train(build(config), 100)["agent_steps"] >= 100
 
 

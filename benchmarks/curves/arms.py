@@ -16,7 +16,12 @@ from peers.rows import NATURE
 from jobs.recipes import TrainRecipe, train_recipe
 from rllib_ext.settings import replace_known
 
-PLAIN = {"double": False, "n_step": 1, "priority_alpha": 0.0}  # what Stable-Baselines3's DQN does
+PLAIN = {
+    "double": False,
+    "n_step": 1,
+    "priority_alpha": 0.0,
+    "precision": "float32",
+}  # what Stable-Baselines3's DQN does
 PLAIN_Q = {"dueling": False, "num_atoms": 1}
 PIXELS_Q = {**PLAIN_Q, **NATURE}  # and its network
 RALLY = {"warmup_agent_steps": 1_000, "epsilon_decay_agent_steps": 8_000, "lr": 3e-4, "target_update_updates": 250}
@@ -101,6 +106,9 @@ TASKS = {
             "double": Arm("... double", "frozen", {**PLAIN, "double": True}, PLAIN_Q),
             "dueling": Arm("... dueling", "frozen", PLAIN, {**PLAIN_Q, "dueling": True}),
             "distributional": Arm("... 51 atoms", "frozen", PLAIN, {**PLAIN_Q, "num_atoms": 51}),
+            "bf16": Arm(
+                "... bf16 where the processor computes in it", "frozen", {**PLAIN, "precision": "auto"}, PLAIN_Q
+            ),
             "prioritised": Arm("... priorities", "frozen", {**PLAIN, "priority_alpha": 0.6}, PLAIN_Q),
         },
     ),

@@ -13,8 +13,14 @@ from typing import Any
 
 from peers import measuring
 
-AS_RLLIB = {"train": {"double": True, "n_step": 1, "priority_alpha": 0.6, "priority_beta": 0.4}, "q": {"dueling": True}}
-AS_SB3 = {"train": {"double": False, "n_step": 1, "priority_alpha": 0.0}, "q": {"dueling": False}}
+AS_RLLIB = {
+    "train": {"double": True, "n_step": 1, "priority_alpha": 0.6, "priority_beta": 0.4, "precision": "float32"},
+    "q": {"dueling": True},
+}
+AS_SB3 = {
+    "train": {"double": False, "n_step": 1, "priority_alpha": 0.0, "precision": "float32"},
+    "q": {"dueling": False},
+}
 NATURE = {"torso": "nature", "hidden": (512,), "layer_norm": False}  # the peers' network, or close to it
 POLL_S = 0.25
 
