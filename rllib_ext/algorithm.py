@@ -22,7 +22,7 @@ import numpy as np
 import ray
 import torch
 from ray.rllib.algorithms.algorithm import Algorithm
-from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_METRICS_LOGGER, DEFAULT_MODULE_ID
+from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.utils.metrics import (
     ENV_RUNNER_RESULTS,
     EPISODE_LEN_MEAN,
@@ -30,14 +30,14 @@ from ray.rllib.utils.metrics import (
     LEARNER_RESULTS,
     NUM_ENV_STEPS_SAMPLED,
     NUM_ENV_STEPS_SAMPLED_LIFETIME,
-    WEIGHTS_SEQ_NO,
 )
 
 from pipeline.errors import UserError
 from rllib_ext import compat
 from rllib_ext.checkpoint import verify_checkpoint, write_checkpoint
 from rllib_ext.config import LatentDQNConfig
-from rllib_ext.learner import LatentDQNLearner, LearnerReport
+from rllib_ext.learner import LearnerReport
+from rllib_ext.learners import Learners
 from rllib_ext.replay import ColumnarReplay, Transitions
 from rllib_ext.replay_files import load_replay, save_replay
 from rllib_ext.runner import Fragment
@@ -77,6 +77,7 @@ class LatentDQN(Algorithm):
         self.config = self._with_bundle(config)
         torch.set_num_threads(self.config.learner_threads)
         super().setup(self.config)
+        self.learners = Learners(self.learner_group)
         self.workers = RolloutWorkers(self.env_runner_group, self.settings, self.config.num_env_runners)
         self.seed = config.seed if config.seed is not None else int(np.random.SeedSequence().generate_state(1)[0])
         self.replay = ColumnarReplay(self.config.replay_spec(), seed=self.seed)
@@ -215,7 +216,7 @@ class LatentDQN(Algorithm):
         while num_updates > 0:
             portion = min(num_updates, self._updates_per_draw())
             drawn = self._timed("draw_s", self._draw, portion)
-            reports = self._timed("update_total_s", self._update, drawn)
+            reports = self._timed("update_total_s", self.learners.update, drawn, self.updates)
             self._require_finite(reports)
             self._timed("priorities_s", self._prioritise, reports)
             figures = reports[0].figures
@@ -228,11 +229,6 @@ class LatentDQN(Algorithm):
     def _draw(self, num_updates: int) -> Transitions:
         settings = self.settings
         return self.replay.sample(settings.batch_size, settings.priority_beta, num_updates)
-
-    def _update(self, drawn: Transitions) -> list[LearnerReport]:
-        shared = ray.put(drawn) if self.learner_group.is_remote else drawn
-        results = self.learner_group.foreach_learner(_update_learner, drawn=shared, updates_before=self.updates)
-        return _values(results)
 
     def _require_finite(self, reports: list[LearnerReport]) -> None:
         """Ends a run whose network holds nothing any more.
@@ -262,17 +258,12 @@ class LatentDQN(Algorithm):
     def _publish(self) -> None:
         """Puts the newest weights where runners will find them."""
         started = time.perf_counter()
-        state = self._module_state()
+        state = self.learners.inference_state()
         self._publications += 1
         shared = ray.put(state) if self.config.num_env_runners else state
         self._weights = Weights(self._publications, self.updates, shared)
         if hasattr(self, "_seconds"):
             self._seconds["publish_s"] += time.perf_counter() - started
-
-    def _module_state(self) -> dict[str, np.ndarray[Any, Any]]:
-        state: dict[str, np.ndarray[Any, Any]]
-        (state,) = _values(self.learner_group.foreach_learner(_inference_state, remote_actor_ids=[0]))
-        return state
 
     def figures(self) -> dict[str, float]:
         """Where the run stands: counters, epsilon, mean raw return of the last 20 games (NaN before the first)."""
@@ -292,13 +283,12 @@ class LatentDQN(Algorithm):
         hashes = self.env_runner_group.foreach_env_runner(
             lambda runner: (f"runner {runner.worker_index}", runner.encoder_sha256())
         )
-        learners = self.learner_group.foreach_learner(_learner_encoder_sha256)
-        hashes += [("learner", result.get()) for result in learners]
+        hashes += [("learner", sha256) for sha256 in self.learners.encoder_sha256s()]
         return {name: sha256 for name, sha256 in hashes if sha256 is not None}
 
     def network_state(self) -> dict[str, np.ndarray[Any, Any]]:
         """The learner's online network: parameter name ("head....", "encoder....") to array."""
-        return {name.removeprefix("network."): value for name, value in self._module_state().items()}
+        return {name.removeprefix("network."): value for name, value in self.learners.inference_state().items()}
 
     def save_to_path(self, path: str | Path | None = None, **kwargs: Any) -> str:
         """Writes a checkpoint with everything a resumed run needs, the replay included; no pickle.
@@ -361,11 +351,9 @@ class LatentDQN(Algorithm):
         self._read_state(Path(path))
 
     def _write_state(self, folder: Path, earlier: Path | None, num_barriers: int) -> None:
-        learner = self.learner_group.get_state()[COMPONENT_LEARNER]
-        learner.pop(COMPONENT_METRICS_LOGGER, None)
         state = {
             "identity": self.config.identity(),
-            "learner": learner,
+            "learner": self.learners.state(),
             "agent_steps": self.agent_steps,
             "updates": self.updates,
             "num_episodes": self.num_episodes,
@@ -387,7 +375,7 @@ class LatentDQN(Algorithm):
         self.config.require_identity(state["identity"], f"the checkpoint {folder}")
         self.workers.forget()
         self.replay = load_replay(folder / "replay", self.config.replay_spec())
-        self.learner_group.set_state({COMPONENT_LEARNER: {**state["learner"], WEIGHTS_SEQ_NO: 0}})
+        self.learners.set_state(state["learner"])
         self.agent_steps, self.updates = state["agent_steps"], state["updates"]
         self.num_episodes, self.num_barriers, self.seed = state["num_episodes"], state["num_barriers"], state["seed"]
         self.num_restores = state["num_restores"] + (not self.settings.synchronous)
@@ -402,26 +390,3 @@ class LatentDQN(Algorithm):
         torch.set_rng_state(torch.from_numpy(state["torch_rng"]))
         compat.set_iteration(self, state["iteration"])
         self._publish()
-
-
-def _values(results: Any) -> list[Any]:
-    """What learners returned; the first error of one is raised."""
-    for result in results:
-        if not result.ok:
-            raise result.get()
-    return [result.get() for result in results]
-
-
-def _update_learner(learner: LatentDQNLearner, drawn: Any, updates_before: int) -> LearnerReport:
-    transitions = ray.get(drawn) if isinstance(drawn, ray.ObjectRef) else drawn
-    return learner.update_drawn(transitions, updates_before=updates_before)
-
-
-def _inference_state(learner: LatentDQNLearner) -> dict[str, np.ndarray[Any, Any]]:
-    module = learner.module[DEFAULT_MODULE_ID].unwrapped()
-    state: dict[str, np.ndarray[Any, Any]] = module.get_state(inference_only=True)
-    return state
-
-
-def _learner_encoder_sha256(learner: LatentDQNLearner) -> str | None:
-    return learner.weights_sha256()

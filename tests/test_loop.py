@@ -228,7 +228,7 @@ def test_the_highest_seed_that_is_allowed_seeds_every_process(build, encoder, nu
 def test_a_new_era_starts_new_episodes_from_other_seeds(encoder):
     algorithm = toy_config("frozen", encoder).build_algo()
     runner: LatentEnvRunner = algorithm.env_runner
-    weights = Weights(1, 0, algorithm._module_state())
+    weights = Weights(1, 0, algorithm.learners.inference_state())
 
     def first_frames(era):
         return runner.sample_fragment(Request(0, era, weights)).rows

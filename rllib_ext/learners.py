@@ -1,0 +1,71 @@
+"""The learners as the algorithm sees them: updates on shared minibatches, weights for the workers, state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import ray
+from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_METRICS_LOGGER, DEFAULT_MODULE_ID
+from ray.rllib.core.learner.learner_group import LearnerGroup
+from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
+
+from rllib_ext.learner import LatentDQNLearner, LearnerReport
+from rllib_ext.replay import Transitions
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+class Learners:
+    """A group of remote learners, or the one learner in this process. The first error of one is raised."""
+
+    def __init__(self, group: LearnerGroup) -> None:
+        """Takes RLlib's group."""
+        self._group = group
+
+    def update(self, drawn: Transitions, updates_before: int) -> list[LearnerReport]:
+        """Updates on all minibatches of a draw; one report a learner."""
+        shared = ray.put(drawn) if self._group.is_remote else drawn
+        return _values(self._group.foreach_learner(_update, drawn=shared, updates_before=updates_before))
+
+    def inference_state(self) -> Arrays:
+        """The online network: parameter name to array."""
+        state: Arrays
+        (state,) = _values(self._group.foreach_learner(_inference_state, remote_actor_ids=[0]))
+        return state
+
+    def encoder_sha256s(self) -> list[str | None]:
+        """Hash of the encoder's parameters in each learner; None where it holds none."""
+        return _values(self._group.foreach_learner(_encoder_sha256))
+
+    def state(self) -> dict[str, Any]:
+        """Weights, target and optimizers."""
+        state: dict[str, Any] = self._group.get_state()[COMPONENT_LEARNER]
+        state.pop(COMPONENT_METRICS_LOGGER, None)
+        return state
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Takes over what `state` gave."""
+        self._group.set_state({COMPONENT_LEARNER: {**state, WEIGHTS_SEQ_NO: 0}})
+
+
+def _values(results: Any) -> list[Any]:
+    for result in results:
+        if not result.ok:
+            raise result.get()
+    return [result.get() for result in results]
+
+
+def _update(learner: LatentDQNLearner, drawn: Any, updates_before: int) -> LearnerReport:
+    transitions = ray.get(drawn) if isinstance(drawn, ray.ObjectRef) else drawn
+    return learner.update_drawn(transitions, updates_before=updates_before)
+
+
+def _inference_state(learner: LatentDQNLearner) -> Arrays:
+    module = learner.module[DEFAULT_MODULE_ID].unwrapped()
+    state: Arrays = module.get_state(inference_only=True)
+    return state
+
+
+def _encoder_sha256(learner: LatentDQNLearner) -> str | None:
+    return learner.weights_sha256()
