@@ -47,7 +47,7 @@ class Arm:
     q: dict[str, Any] = field(default_factory=dict)
     num_workers: int = 1
     recipe: str = "dqn"
-    prior_frames: int = 30_000
+    prior_frames: int = 100_000
 
 
 @dataclass(frozen=True)
