@@ -60,7 +60,8 @@ class LatentStats:
     Attributes:
         mean: Mean of the posterior means.
         scale: Their standard deviation, at least 0.1: a dimension below that is inactive (its variance is under 0.01),
-            and dividing by its true spread would blow its noise up to the size of the signal.
+            and dividing by its true spread would blow its noise up to the size of the signal. On a grid, mean and
+            scale are a channel's over all cells, so that the same content is the same number in every cell.
         active: Whether the variance of the posterior mean exceeds 0.01 (Burda et al. 2016, arXiv:1509.00519).
         kl: KL of the posterior to the prior, nats, averaged over frames.
     """
@@ -71,11 +72,25 @@ class LatentStats:
     kl: tuple[float, ...]
 
     @classmethod
-    def from_moments(cls, mean_Z: Tensor, variance_Z: Tensor, kl_Z: Tensor) -> LatentStats:
-        """From mean and variance of the posterior means and the average KL, each (Z,)."""
-        scale = variance_Z.sqrt().clamp(min=MIN_SCALE)
+    def from_moments(
+        cls, mean_Z: Tensor, variance_Z: Tensor, kl_Z: Tensor, z_shape: tuple[int, ...] | None = None
+    ) -> LatentStats:
+        """From mean and variance of the posterior means and the average KL, each (Z,).
+
+        Args:
+            mean_Z: (Z,).
+            variance_Z: (Z,).
+            kl_Z: (Z,), nats.
+            z_shape: How the latents lie: (Z,) if None, or (channels, height, width).
+        """
+        mean_CM, variance_CM = (
+            moment.view(*(z_shape or mean_Z.shape), 1).flatten(1) for moment in (mean_Z, variance_Z)
+        )
+        mean_C1 = mean_CM.mean(1, keepdim=True)
+        scale_C1 = (variance_CM + (mean_CM - mean_C1).square()).mean(1, keepdim=True).sqrt().clamp(min=MIN_SCALE)
+        mean, scale = (moment.expand_as(mean_CM).flatten() for moment in (mean_C1, scale_C1))
         active = variance_Z > ACTIVE_VARIANCE
-        return cls(tuple(mean_Z.tolist()), tuple(scale.tolist()), tuple(active.tolist()), tuple(kl_Z.tolist()))
+        return cls(tuple(mean.tolist()), tuple(scale.tolist()), tuple(active.tolist()), tuple(kl_Z.tolist()))
 
     @classmethod
     def identity(cls, z_dim: int) -> LatentStats:

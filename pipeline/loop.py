@@ -231,7 +231,7 @@ class _Worker:
             elbo_nats=heldout.elbo,
             bits_per_dim=bits_per_dim(heldout.elbo, self._job.model.height * self._job.model.width),
             has_heldout=self._heldout.split == "val",
-            stats=train.stats(),
+            stats=train.stats(self._job.model),
             progress=self._progress,
             startup_s=self._startup_s,
             steps_per_worker=_gathered(self._steps_here, self._num_workers),
@@ -269,17 +269,17 @@ class _Tally:
         """Nats per frame."""
         return float(self._sums[0] / self._sums[1])
 
-    def stats(self) -> LatentStats:
+    def stats(self, model: ModelConfig) -> LatentStats:
         """Mean and scale of the posterior means."""
         mean, square, kl = (self._sums[2:] / self._sums[1]).view(3, -1)
-        return LatentStats.from_moments(mean, (square - mean.square()).clamp(min=0), kl)
+        return LatentStats.from_moments(mean, (square - mean.square()).clamp(min=0), kl, model.latent_shape)
 
     def figures(self, model: ModelConfig, prefix: str) -> dict[str, float]:
         """ELBO, bits/dim and active units, by name."""
         return {
             f"{prefix}elbo_nats": self.elbo,
             f"{prefix}bits_per_dim": bits_per_dim(self.elbo, model.height * model.width),
-            f"{prefix}active_units": float(self.stats().num_active),
+            f"{prefix}active_units": float(self.stats(model).num_active),
         }
 
 

@@ -237,8 +237,10 @@ def test_a_resumed_run_continues_with_replay_optimizer_and_counters(build, tmp_p
     drawn, drawn_again = algorithm.replay.sample(160), resumed.replay.sample(160)
     for mine, theirs in zip(drawn, drawn_again, strict=True):
         np.testing.assert_array_equal(mine, theirs)
-    algorithm._update(drawn)
-    resumed._update(drawn_again)  # bit-equal only with the same weights, target and Adam moments
+    algorithm.learners.update(drawn, algorithm.updates)
+    resumed.learners.update(
+        drawn_again, resumed.updates
+    )  # bit-equal only with the same weights, target and Adam moments
     for name, value in algorithm.network_state().items():
         np.testing.assert_array_equal(value, resumed.network_state()[name])
     figures = train(resumed, 400)

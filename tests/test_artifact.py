@@ -217,3 +217,16 @@ def test_loading_needs_neither_ray_nor_mlflow_nor_pickle(path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_all_cells_of_a_channel_have_the_mean_and_scale_of_all_their_values() -> None:
+    values = torch.randn(200, 3, 2, 5) * torch.rand(3, 2, 5) + torch.randn(3, 2, 5)
+    mean, variance = values.mean(0).flatten(), values.var(0, unbiased=False).flatten()
+    stats = LatentStats.from_moments(mean, variance, torch.zeros(30), (3, 2, 5))
+    of_channel = values.transpose(0, 1).flatten(1)
+    torch.testing.assert_close(torch.tensor(stats.mean), of_channel.mean(1).repeat_interleave(10))
+    torch.testing.assert_close(torch.tensor(stats.scale), of_channel.std(1, unbiased=False).repeat_interleave(10))
+    assert stats.active == tuple((variance > 0.01).tolist())
+    flat = LatentStats.from_moments(mean, variance, torch.zeros(30))
+    torch.testing.assert_close(torch.tensor(flat.mean), mean)
+    torch.testing.assert_close(torch.tensor(flat.scale), variance.sqrt().clamp(min=0.1))

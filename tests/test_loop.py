@@ -109,13 +109,13 @@ def test_the_asynchronous_loop_holds_the_replay_ratio_and_the_lead(build, encode
 def test_a_slow_learner_makes_the_workers_wait(build, encoder, monkeypatch):
     algorithm = build(toy_config("frozen", encoder).env_runners(num_env_runners=2))
     train(algorithm, 200)
-    update = algorithm._update
+    update = algorithm.learners.update
 
-    def slowly(drawn):
+    def slowly(drawn, updates_before):
         time.sleep(0.2)
-        return update(drawn)
+        return update(drawn, updates_before)
 
-    monkeypatch.setattr(algorithm, "_update", slowly)
+    monkeypatch.setattr(algorithm.learners, "update", slowly)
     figures = [algorithm.train()[RESULTS_KEY] for _ in range(12)][4:]
     assert np.mean([step["runner_idle_share"] for step in figures if "runner_idle_share" in step]) > 0.5
     assert np.mean([step["learner_idle_share"] for step in figures]) < 0.2

@@ -77,6 +77,9 @@ def test_train_then_resume(workspace, tmp_path):
         run(workspace, encoder, seed=5, resume=True)
 
 
+ROOMY = replace(RECIPE, train=RECIPE.train.replace(replay_capacity=100_000, warmup_agent_steps=100_000))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -87,7 +90,7 @@ def test_train_then_resume(workspace, tmp_path):
         ({"mode": "pixels"}, "leave out --encoder"),
         ({"encoder": "models:/nobody@champion"}, "there is no tracking database"),
         ({"encoder": "no/such/folder"}, "no/such/folder"),
-        ({"num_env_runners": 1000}, "1000 rollout workers need 1000 CPUs"),
+        ({"num_env_runners": 1000, "recipe": ROOMY}, "1000 rollout workers need 1000 CPUs"),
         ({"agent_steps": 0}, "--agent-steps is 0"),
         ({"resume": True}, "no train-pong-frozen run with a checkpoint"),
         ({"recipe": replace(RECIPE, train=DQNSettings(replay_capacity=8))}, "replay_capacity is 8"),
