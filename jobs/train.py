@@ -78,7 +78,7 @@ class Training:
     model: ModelSettings
 
     def check(self) -> None:
-        """Refuses, before Ray is started, what cannot work with any number of runners.
+        """Refuses counts that make no run; the rest is up to `LatentDQNConfig.check`.
 
         Raises:
             UserError: The first problem.
@@ -89,8 +89,6 @@ class Training:
             raise UserError(f"--num-env-runners is {self.num_env_runners}; give 0 (in this process) or more")
         if self.num_learners < 0:
             raise UserError(f"--num-learners is {self.num_learners}; give 0 (in this process) or more")
-        self.q.check(self.mode)
-        self.train.check(num_lanes=self.train.envs_per_runner)
 
     def describe_workers(self) -> str:
         """The actors that the run needs at once, in words."""

@@ -193,7 +193,9 @@ class LatentDQNConfig(AlgorithmConfig):
     def identity(self) -> dict[str, Any]:
         """What a checkpoint and the algorithm that restores it must have in common, as plain values."""
         architecture = self.encoder_config if self.mode == PIXELS else None
-        settings = {f"train.{name}": value for name, value in vars(self.settings).items()}
+        settings = {
+            f"train.{name}": value for name, value in vars(self.settings).items() if name not in self.MAY_CHANGE
+        }
         q = {f"q.{name}": value for name, value in vars(self.q).items()}
         return {
             "mode": self.mode,
@@ -202,7 +204,7 @@ class LatentDQNConfig(AlgorithmConfig):
             "encoder_config": None if architecture is None else repr(architecture),
             "num_env_runners": self.num_env_runners,
             **q,
-            **{name: value for name, value in settings.items() if name.removeprefix("train.") not in self.MAY_CHANGE},
+            **settings,
         }
 
     def require_identity(self, theirs: dict[str, Any], what: str) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
+import catch
 import numpy as np
+import ray
 import torch
 from catch import VectorCatch, catch_factory, catch_preprocess
 
 from pipeline import artifact
 from pipeline.models.vae import VAE, VAESettings
+from rllib_ext.algorithm import RESULTS_KEY, LatentDQN
 from rllib_ext.config import LatentDQNConfig
 from rllib_ext.settings import DQNSettings, QConfig
 
@@ -69,3 +74,22 @@ def toy_config(mode: str, encoder: Path | None, **training) -> LatentDQNConfig:
         .training(TOY_TRAINING.replace(**training))
         .debugging(seed=0)
     )
+
+
+@contextlib.contextmanager
+def toy_ray(num_cpus: int) -> Iterator[None]:
+    """A Ray of the test file's own, whose workers can play catch."""
+    torch.set_num_threads(1)
+    ray.cloudpickle.register_pickle_by_value(catch)  # workers do not see this folder
+    ray.init("local", num_cpus=num_cpus, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+    ray.cloudpickle.unregister_pickle_by_value(catch)
+
+
+def train(algorithm: LatentDQN, agent_steps: int) -> dict[str, float]:
+    """Trains up to so many agent steps; the last step's figures."""
+    figures = {}
+    while algorithm.agent_steps < agent_steps:
+        figures = algorithm.train()[RESULTS_KEY]
+    return figures

@@ -6,51 +6,27 @@ import json
 import subprocess
 import sys
 
-import catch
 import numpy as np
 import pytest
 import ray
-import torch
 from catch import VectorCatch, catch_preprocess
-from rl_toys import make_encoder, toy_config
+from rl_toys import make_encoder, toy_config, toy_ray, train
 
 from pipeline.bundle import sha256_of
 from pipeline.errors import UserError
 from pipeline.models.vae import VAESettings
-from rllib_ext.algorithm import RESULTS_KEY, LatentDQN
+from rllib_ext.algorithm import LatentDQN
 from rllib_ext.policy import PolicyConfig, load_policy, save_policy
 from rllib_ext.settings import QConfig
 from rllib_ext.shared_bundle import SharedBundle
 
+pytest_plugins = ["rl_fixtures"]
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _ray_session():
-    torch.set_num_threads(1)
-    ray.cloudpickle.register_pickle_by_value(catch)  # workers do not see this folder
-    ray.init("local", num_cpus=2, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-    ray.cloudpickle.unregister_pickle_by_value(catch)
-
-
-@pytest.fixture
-def build():
-    built: list[LatentDQN] = []
-
-    def make(config) -> LatentDQN:
-        built.append(config.build_algo())
-        return built[-1]
-
-    yield make
-    for algorithm in built:
-        algorithm.stop()
-
-
-def train(algorithm: LatentDQN, agent_steps: int) -> dict[str, float]:
-    figures = {}
-    while algorithm.agent_steps < agent_steps:
-        figures = algorithm.train()[RESULTS_KEY]
-    return figures
+    with toy_ray(2):
+        yield
 
 
 def refresh(algorithm: LatentDQN) -> None:

@@ -1,89 +1,39 @@
-"""The files under infra/ without a cluster: against schemas, against each other, their scripts against stand-ins."""
+"""The files under infra/ without a cluster: against schemas and against each other."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import tomllib
-from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jsonschema
 import kubernetes_validate
 import pytest
-import yaml
+from infra_files import (
+    CLUSTER,
+    CORE,
+    DOCKERFILES,
+    FILES,
+    INFRA,
+    JOB,
+    LAUNCHER,
+    PINS,
+    PROJECT,
+    README,
+    ROOT,
+    SERVICES,
+    Manifest,
+    commands,
+    containers,
+    instructions,
+    joined,
+    named,
+    ray_templates,
+    templates,
+    understood,
+)
 from sqlalchemy.engine import make_url
-
-from jobs.cli import parser
-from jobs.recipes import pretrain_recipe, train_recipe
-
-ROOT = Path(__file__).resolve().parent.parent
-INFRA = ROOT / "infra"
-KUBERAY = sorted((INFRA / "kuberay").glob("*.yaml"))
-DOCKERFILES = sorted((INFRA / "docker").glob("Dockerfile*"))
-FILES = sorted(path for path in INFRA.rglob("*") if path.is_file() and path.name != ".env")
-README = (INFRA / "README.md").read_text()
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-PINS = dict(line.lower().split("==") for line in (ROOT / "constraints.txt").read_text().split("\n") if "==" in line)
-STAGES = "|".join(next(action.choices for action in parser()._actions if action.choices))
-
-Manifest = dict[str, Any]
-
-
-def documents(path: Path) -> list[Any]:
-    return list(yaml.safe_load_all(path.read_text()))
-
-
-MANIFESTS: list[Manifest] = [manifest for path in KUBERAY for manifest in documents(path)]
-CORE = [manifest for manifest in MANIFESTS if not manifest["apiVersion"].startswith("ray.io/")]
-CLUSTER: Manifest = documents(INFRA / "kuberay" / "raycluster.yaml")[0]
-JOB: Manifest = documents(INFRA / "kuberay" / "rayjob.yaml")[0]
-LAUNCHER: Manifest = documents(INFRA / "onprem" / "cluster.yaml")[0]
-COMPOSE: Manifest = documents(INFRA / "compose.yaml")[0]
-SERVICES: dict[str, Manifest] = COMPOSE["services"]
-
-
-def named(kind: str) -> dict[str, Manifest]:
-    return {manifest["metadata"]["name"]: manifest for manifest in MANIFESTS if manifest["kind"] == kind}
-
-
-def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every scalar of a document with the keys that lead to it."""
-    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
-    if pairs is None:
-        yield path, value
-    else:
-        for key, inner in pairs:
-            yield from leaves(inner, (*path, str(key)))
-
-
-def ray_templates() -> list[Manifest]:
-    specs = (CLUSTER["spec"], JOB["spec"]["rayClusterSpec"])
-    return [group["template"] for spec in specs for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
-
-
-def templates() -> list[Manifest]:
-    own = [manifest["spec"]["template"] for kind in ("Deployment", "StatefulSet") for manifest in named(kind).values()]
-    return own + ray_templates()
-
-
-def containers() -> list[Manifest]:
-    return [container for template in templates() for container in template["spec"]["containers"]]
-
-
-def instructions(dockerfile: Path, name: str) -> list[str]:
-    return re.findall(rf"^{name} (.+)$", dockerfile.read_text(), re.MULTILINE)
-
-
-def joined(text: str) -> str:
-    """The text with continued shell lines made one."""
-    return re.sub(r"\\\n\s*", "", text)
-
 
 # --- against schemas
 
@@ -258,19 +208,6 @@ def test_what_the_tracking_image_installs_is_pinned() -> None:
 # --- the commands
 
 
-def understood(arguments: list[str]) -> Namespace:
-    options = parser().parse_args(arguments)
-    recipes = {"train": train_recipe, "pretrain": pretrain_recipe}
-    if arguments[0] in recipes:
-        options.settings = recipes[arguments[0]](options.recipe, overrides=options.set)
-    return options
-
-
-def commands(text: str, program: str = "latentrl") -> list[str]:
-    found = re.findall(rf"(?<![\w-]){re.escape(program)} ((?:{STAGES})\b[^\"'`|;&\n]*)", joined(text))
-    return [command.strip() for command in found if " " in command.strip() and "..." not in command]
-
-
 COMMANDS = [*commands(README), *commands(README, "latentrl.sbatch"), *commands(JOB["spec"]["entrypoint"])]
 
 
@@ -300,102 +237,6 @@ def test_clusters_start_with_room_for_their_commands() -> None:
     batch = commands(README, "latentrl.sbatch")
     assert batch
     assert all(cpus_of(command) <= nodes * cpus for command in batch)
-
-
-# --- the scripts, run with stand-ins
-
-
-def stand_in(path: Path, body: str) -> None:
-    path.write_text(f"#!/bin/bash\n{body}\n")
-    path.chmod(0o755)
-
-
-@pytest.mark.parametrize(
-    ("codes", "calls", "code"),
-    [
-        ((0,), ["--resume"], 0),
-        ((2, 0), ["--resume", ""], 0),  # nothing to go on with
-        ((2, 2), ["--resume", ""], 2),
-        ((1,), ["--resume"], 1),  # a failure is not started anew
-        ((143,), ["--resume"], 143),
-        ((3,), ["--resume"], 0),  # done, but the tracking server is behind
-        ((2, 3), ["--resume", ""], 3),
-    ],
-)
-def test_start_or_resume(tmp_path: Path, codes: tuple[int, ...], calls: list[str], code: int) -> None:
-    (tmp_path / "codes").write_text("".join(f"{number}\n" for number in codes))
-    stand_in(
-        tmp_path / "latentrl",
-        'cd "$(dirname "$0")"; echo "${@:3}" >> calls; code=$(head -1 codes); sed -i 1d codes; exit "$code"',
-    )
-    ended = subprocess.run([INFRA / "start-or-resume", tmp_path / "latentrl", "train", "a b"], check=False)
-    assert (tmp_path / "calls").read_text().split("\n")[:-1] == calls
-    assert ended.returncode == code
-
-
-def test_scripts_and_command_lines_are_bash() -> None:
-    texts = [(INFRA / name).read_text() for name in ("slurm/latentrl.sbatch", "start-or-resume")]
-    texts += re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    texts += [line for key, lines in LAUNCHER.items() if key.endswith("_commands") for line in lines]
-    assert len(texts) > 10
-    for text in texts:
-        subprocess.run(["bash", "-n"], input=text, text=True, check=True)
-
-
-def run_sbatch(tmp_path: Path, *arguments: str, symmetric_run: str) -> subprocess.CompletedProcess[str]:
-    """The script as SLURM starts it on two nodes, of which the stand-in for srun is the first."""
-    checkout, bin_ = tmp_path / "checkout", tmp_path / "checkout" / ".venv" / "bin"
-    bin_.mkdir(parents=True)
-    (checkout / "infra").symlink_to(INFRA)
-    stand_in(bin_ / "scontrol", '[ "$*" = "show hostnames node[1-2]" ] && printf "node1\\nnode2\\n"')
-    stand_in(bin_ / "srun", 'while [[ "$1" == --* ]]; do shift; done; exec "$@"')
-    token = "mkdir -p ~/.ray; echo the-token | tee ~/.ray/auth_token; exit"
-    stand_in(bin_ / "ray", f'[ "$1" = get-auth-token ] && {{ {token}; }}\n{symmetric_run}')
-    stand_in(bin_ / "latentrl", f'printf "%s\\n" "$@" > {tmp_path}/stage; exit 0')
-    environment = {
-        "PATH": os.environ["PATH"],
-        "HOME": str(tmp_path),
-        "LATENTRL_HOME": str(tmp_path / "shared"),
-        "LATENTRL_TRACKING_URI": "http://tracking:5000",
-        "SLURM_SUBMIT_DIR": str(checkout),
-        "SLURM_JOB_ID": "7",
-        "SLURM_JOB_NODELIST": "node[1-2]",
-        "SLURM_JOB_NUM_NODES": "2",
-        "SLURM_CPUS_PER_TASK": "16",
-    }
-    command = ["bash", INFRA / "slurm" / "latentrl.sbatch", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-
-
-def test_the_slurm_script_calls_ray_and_the_stage_as_they_want_it(tmp_path: Path) -> None:
-    from ray.scripts.scripts import start
-    from ray.scripts.symmetric_run import curate_and_validate_ray_start_args, symmetric_run
-
-    record = f'shift; printf "%s\\n" "$@" > {tmp_path}/ray; while [ "$1" != -- ]; do shift; done; shift; exec "$@"'
-    arguments = shlex.split(commands(README, "latentrl.sbatch")[0])
-    ended = run_sbatch(tmp_path, *arguments, symmetric_run=record)
-    assert ended.returncode == 0, ended.stderr
-    assert "the-token" not in ended.stdout + ended.stderr
-    assert (tmp_path / ".ray" / "auth_token").stat().st_mode & 0o077 == 0
-    called = (tmp_path / "ray").read_text().split("\n")[:-1]
-    options = called[: called.index("--")]
-    parsed = symmetric_run.make_context("symmetric-run", [*options, "--", "true"]).params
-    assert (parsed["address"], parsed["min_nodes"]) == ("node1:6379", 2)
-    passed_on = start.make_context("start", ["--head", *curate_and_validate_ray_start_args(options)]).params
-    assert passed_on["num_cpus"] == 16
-    stage = (tmp_path / "stage").read_text().split("\n")[:-1]
-    assert stage[: len(arguments)] == arguments
-    chosen = understood(stage)
-    assert chosen.resume
-    assert (chosen.home, chosen.ray_address) == (f"{tmp_path}/shared/slurm-7", "node1:6379")
-    assert chosen.tracking_uri == "http://tracking:5000"
-
-
-def test_the_slurm_script_fails_where_ray_ended_without_the_stage(tmp_path: Path) -> None:
-    ended = run_sbatch(tmp_path, "recipes", symmetric_run="exit 0")
-    assert ended.returncode == 1
-    assert "the stage was not run" in ended.stderr
-    assert not (tmp_path / "stage").exists()
 
 
 # --- secrets, and who can reach what

@@ -101,3 +101,8 @@ def test_rally_can_be_won_and_lost() -> None:
             total += step.rewards
         totals.append(total.mean())
     assert totals[0] > totals[1] + 1
+
+
+def test_the_mean_of_all_games_weighs_each_by_the_agent_steps_until_the_next() -> None:
+    games = np.array([[10.0, 2.0], [40.0, 4.0], [110.0, 8.0]])  # the last one ended after the run's 100 agent steps
+    assert page._area(games, 100) == pytest.approx((10 * 2 + 30 * 2 + 60 * 4) / 100)

@@ -10,9 +10,8 @@ import catch
 import numpy as np
 import pytest
 import ray
-import torch
 from catch import VectorCatch
-from rl_toys import make_encoder, toy_config
+from rl_toys import toy_config, toy_ray, train
 
 from pipeline.errors import UserError
 from rllib_ext.algorithm import RESULTS_KEY, LatentDQN
@@ -20,40 +19,13 @@ from rllib_ext.runner import LatentEnvRunner
 from rllib_ext.settings import DQNSettings, QConfig
 from rllib_ext.workers import Request, Weights
 
+pytest_plugins = ["rl_fixtures"]
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _ray_session():
-    torch.set_num_threads(1)
-    ray.cloudpickle.register_pickle_by_value(catch)  # workers do not see this folder
-    ray.init("local", num_cpus=8, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-    ray.cloudpickle.unregister_pickle_by_value(catch)
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    return make_encoder(tmp_path_factory.mktemp("encoder") / "bundle")
-
-
-@pytest.fixture
-def build():
-    built: list[LatentDQN] = []
-
-    def make(config) -> LatentDQN:
-        built.append(config.build_algo())
-        return built[-1]
-
-    yield make
-    for algorithm in built:
-        algorithm.stop()
-
-
-def train(algorithm: LatentDQN, agent_steps: int) -> dict[str, float]:
-    figures = {}
-    while algorithm.agent_steps < agent_steps:
-        figures = algorithm.train()[RESULTS_KEY]
-    return figures
+    with toy_ray(8):
+        yield
 
 
 def assert_same(one: LatentDQN, other: LatentDQN) -> None:

@@ -2,46 +2,24 @@
 
 from __future__ import annotations
 
-import catch
 import numpy as np
 import pytest
-import ray
 import torch
-from rl_toys import make_encoder, toy_config
-from test_loop import assert_same, train
+from rl_toys import make_encoder, toy_config, toy_ray, train
+from test_loop import assert_same
 
 from pipeline.errors import UserError
 from rllib_ext.algorithm import LatentDQN
 from rllib_ext.config import LatentDQNConfig
 from rllib_ext.settings import DQNSettings, QConfig
 
+pytest_plugins = ["rl_fixtures"]
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _ray_session():
-    torch.set_num_threads(1)
-    ray.cloudpickle.register_pickle_by_value(catch)  # workers do not see this folder
-    ray.init("local", num_cpus=4, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-    ray.cloudpickle.unregister_pickle_by_value(catch)
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    return make_encoder(tmp_path_factory.mktemp("encoder") / "bundle")
-
-
-@pytest.fixture
-def build():
-    built: list[LatentDQN] = []
-
-    def make(config) -> LatentDQN:
-        built.append(config.build_algo())
-        return built[-1]
-
-    yield make
-    for algorithm in built:
-        algorithm.stop()
+    with toy_ray(4):
+        yield
 
 
 @pytest.fixture(scope="module")

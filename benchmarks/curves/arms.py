@@ -11,18 +11,13 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from peers.rows import NATURE
+from peers.rows import AS_SB3, NATURE
 
 from jobs.recipes import TrainRecipe, train_recipe
 from rllib_ext.settings import replace_known
 
-PLAIN = {
-    "double": False,
-    "n_step": 1,
-    "priority_alpha": 0.0,
-    "precision": "float32",
-}  # what Stable-Baselines3's DQN does
-PLAIN_Q = {"dueling": False, "num_atoms": 1}
+PLAIN = dict(AS_SB3["train"])  # what Stable-Baselines3's DQN does
+PLAIN_Q = {**AS_SB3["q"], "num_atoms": 1}
 PIXELS_Q = {**PLAIN_Q, **NATURE}  # and its network
 RALLY = {"warmup_agent_steps": 1_000, "epsilon_decay_agent_steps": 8_000, "lr": 3e-4, "target_update_updates": 250}
 

@@ -52,8 +52,8 @@ def _summarise(task: str, by_seed: dict[int, dict[str, Any]]) -> dict[str, Any]:
 def _area(games: np.ndarray, agent_steps: int) -> float:
     """Mean over the run's agent steps of the return of the last game that had ended; the first one's before that."""
     steps, returns = games.T
-    spans = np.diff([0.0, *steps, agent_steps])
-    return float(np.average([returns[0], *returns], weights=spans.clip(min=0)))
+    spans = np.diff([0.0, *steps.clip(max=agent_steps), agent_steps])
+    return float(np.average([returns[0], *returns], weights=spans))
 
 
 def _mean(by_seed: list[float]) -> dict[str, Any]:

@@ -212,7 +212,8 @@ for it.
 ![Agent steps per second of every row](q_learning.png)
 
 `pixels_over_*` and `frozen_same_features_over_*` give latentrl the peer's features (RLlib: double, dueling,
-prioritised; Stable-Baselines3: plain DQN, one step, uniform); the other `frozen_*` ratios are of the shipped recipe.
+prioritised; Stable-Baselines3: plain DQN, one step, uniform); the other `frozen_*` ratios are of the shipped recipe,
+which updates in bf16 where the processor computes in it; with a peer's features all is float32.
 In these pairs pixels are read by the convolutions of Mnih et al. (2015), as in Stable-Baselines3; RLlib runs with its
 default convolutions or with those, whichever is faster. `pixels_encoder_over_sb3` is with the architecture of the
 shipped encoder instead, every frame of the stack on its own. Preprocessing is each side's own: 84x84 grey frames, four
