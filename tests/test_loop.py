@@ -114,9 +114,12 @@ def test_a_killed_worker_is_replaced_and_nothing_that_had_arrived_is_lost(build,
         algorithm.train()
     assert algorithm.workers.deaths == {1: 1}
     assert algorithm.agent_steps > before
-    after = algorithm.agent_steps
+    after, at_return = algorithm.agent_steps, algorithm.replay.written.copy()
     train(algorithm, after + 400)
-    assert (algorithm.replay.written > written).all()
+    while time.monotonic() < until and not (algorithm.replay.written > at_return).all():  # it may be slow to begin
+        algorithm.train()
+    assert (algorithm.replay.written > at_return).all()
+    assert (at_return >= written).all()
     assert algorithm.replay.written.sum() >= algorithm.agent_steps
     assert algorithm.replay.num_cut_episodes == num_open
     now = algorithm.env_runner_group.foreach_env_runner(lambda _: os.getpid(), local_env_runner=False)
