@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
+from jobs.operations import add_operations
 from jobs.stages import add_stages
 from pipeline.errors import TrackingPending, UserError
 
@@ -43,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     root = _Parser("latentrl", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawTextHelpFormatter)
     stages = root.add_subparsers(title="stages", metavar="STAGE", required=True, parser_class=_Parser)
     add_stages(stages)
+    add_operations(stages)
     return root
 
 

@@ -3,72 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from typing import Any
 
-from jobs.workspace import DEFAULT_HOME, HOME_VARIABLE, Workspace
+from jobs.options import Options, Result, facts, places, seed, share, stage, workspace_of
 from pipeline.protocols import PROTOCOLS, RESOLUTIONS
 
-Options = argparse.Namespace
-Result = dict[str, Any]
 EVALUATED = ("mean_return", "ci95_low", "ci95_high", "episodes", "human_normalised")
 
 
 def add_stages(stages: Any) -> None:
     """Adds every stage to the command line, in the order of the data's way."""
-    for add in (_collect, _data, _pretrain, _encode, _train, _evaluate, _report, _demo, _sync, _recipes):
+    for add in (_collect, _data, _pretrain, _encode, _train, _evaluate, _report, _demo, _recipes):
         add(stages)
 
 
-def _stage(
-    stages: Any,
-    name: str,
-    help_line: str,
-    details: str,
-    run: Callable[[Options], Result],
-    present: Callable[[Result], str],
-) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = stages.add_parser(
-        name,
-        help=help_line,
-        description=f"{help_line}\n\n{details}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run, present=present)
-    common = parser.add_argument_group("common options")
-    common.add_argument("--json", action="store_true", help="make the last line of stdout one JSON object")
-    return parser
-
-
-def _seed(text: str) -> int:
-    """Type of every --seed: a whole number that every generator takes."""
-    seed = int(text) if text.lstrip("+-").isdigit() else -1
-    if not 0 <= seed < 2**32:
-        raise argparse.ArgumentTypeError(f"{text!r} is no seed; give a whole number from 0 to {2**32 - 1}")
-    return seed
-
-
-def _share(text: str) -> float:
-    """Type of a share of one."""
-    try:
-        share = float(text)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no share; give a number from 0 to 1")
-    return share
-
-
-def _places(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("places")
-    group.add_argument(
-        "--home", help=f"folder for runs, tracking database and artifacts (${HOME_VARIABLE}, {DEFAULT_HOME})"
-    )
-    group.add_argument("--tracking-uri", help="MLflow server instead of a sqlite file under --home")
-    group.add_argument("--ray-address", help="running Ray cluster (HOST:PORT or auto) instead of a local one")
-
-
-def _recipe_options(parser: argparse.ArgumentParser, default: str) -> None:
+def recipe_options(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("recipe", nargs="?", default=default, help=f"name of a recipe (`latentrl recipes`; {default})")
     parser.add_argument(
         "--set", action="append", default=[], metavar="k=v", help="change one setting, e.g. train.lr=1e-4"
@@ -76,47 +25,36 @@ def _recipe_options(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--config", metavar="FILE", help="take settings from a YAML file such as a run's config.yaml")
 
 
-def _workspace(options: Options) -> Workspace:
-    return Workspace.at(options.home, options.tracking_uri, options.ray_address)
-
-
-def _facts(result: Result, *keys: str) -> str:
-    width = max(map(len, keys))
-    return "\n".join(
-        f"  {key.replace('_', ' '):<{width}}  {result[key]}" for key in keys if result.get(key) is not None
-    )
-
-
 def _collect(stages: Any) -> None:
     def run(o: Options) -> Result:
         from jobs import collect
 
         names = "game frames out policy protocol resolution seed with_ram num_workers epsilon overwrite"
-        return collect.run(_workspace(o), **{name: getattr(o, name) for name in names.split()})
+        return collect.run(workspace_of(o), **{name: getattr(o, name) for name in names.split()})
 
     def present(r: Result) -> str:
-        facts = _facts(r, "dataset", "frames", "episodes", "bytes_per_frame", "frames_per_s", "digest")
-        return f"{facts}\nnext: latentrl pretrain --data {r['dataset']} --register NAME"
+        shown = facts(r, "dataset", "frames", "episodes", "bytes_per_frame", "frames_per_s", "digest")
+        return f"{shown}\nnext: latentrl pretrain --data {r['dataset']} --register NAME"
 
     details = (
         "Ray workers play the game in lanes of their own and write Parquet; the same seed gives the same bytes\n"
         "whatever the number of workers. Exactly --frames rows are stored; the last episode of each lane is truncated."
     )
-    p = _stage(stages, "collect", "play a game and store its frames", details, run, present)
+    p = stage(stages, "collect", "play a game and store its frames", details, run, present)
     p.add_argument("--game", required=True, help="ALE id such as pong or ms_pacman; other spellings are understood")
     p.add_argument("--frames", required=True, type=int, help="rows to store")
     p.add_argument("--out", required=True, help="folder or address (s3://...) of the dataset")
     p.add_argument("--policy", default="random", help="random, sticky-random, or a policy's address (random)")
     p.add_argument(
-        "--epsilon", type=_share, default=0.05, help="share of random actions of a policy from an address (0.05)"
+        "--epsilon", type=share, default=0.05, help="share of random actions of a policy from an address (0.05)"
     )
     p.add_argument("--protocol", default="atari100k", help=f"{', '.join(PROTOCOLS)} (atari100k)")
     p.add_argument("--resolution", default="84x84", help=f"height x width: {', '.join(RESOLUTIONS)} (84x84)")
-    p.add_argument("--seed", type=_seed, default=0, help="decides the dataset (0)")
+    p.add_argument("--seed", type=seed, default=0, help="decides the dataset (0)")
     p.add_argument("--with-ram", action="store_true", help="store the 128 bytes of RAM beside each frame (slower)")
     p.add_argument("--num-workers", type=int, help="collecting workers of one CPU each (one a CPU)")
     p.add_argument("--overwrite", action="store_true", help="replace the dataset at --out")
-    _places(p)
+    places(p)
 
 
 def _data(stages: Any) -> None:
@@ -142,10 +80,10 @@ def _data(stages: Any) -> None:
         "data", help="describe or verify a dataset", description="Describe or verify a frames dataset."
     )
     verbs = root.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=type(root))
-    p = _stage(verbs, "info", "say what a dataset holds", "Reads the manifest only.", info, lambda r: _facts(r, *r))
+    p = stage(verbs, "info", "say what a dataset holds", "Reads the manifest only.", info, lambda r: facts(r, *r))
     p.add_argument("data", metavar="DIR")
     details = "Checks every checksum, schema, row count and episode. Exit code 0 sound, 1 unsound, 2 not a dataset."
-    p = _stage(verbs, "check", "verify a dataset byte by byte", details, check, verdict)
+    p = stage(verbs, "check", "verify a dataset byte by byte", details, check, verdict)
     p.add_argument("data", metavar="DIR")
 
 
@@ -155,10 +93,10 @@ def _pretrain(stages: Any) -> None:
         from jobs.recipes import pretrain_recipe
 
         recipe = pretrain_recipe(o.recipe, config=o.config, overrides=o.set)
-        return pretrain.run(_workspace(o), recipe, o.data, o.register, resume=o.resume, promote=o.promote)
+        return pretrain.run(workspace_of(o), recipe, o.data, o.register, resume=o.resume, promote=o.promote)
 
     def present(r: Result) -> str:
-        facts = _facts(
+        shown = facts(
             r,
             "model_uri",
             "aliases",
@@ -169,34 +107,34 @@ def _pretrain(stages: Any) -> None:
             "seconds",
             "run_folder",
         )
-        return f"{facts}\nnext: latentrl train --game GAME --encoder {r['model_uri']} --mode frozen"
+        return f"{shown}\nnext: latentrl train --game GAME --encoder {r['model_uri']} --mode frozen"
 
     details = (
         "Ray Data streams the frames into Ray Train; the finished encoder becomes a version of --register in MLflow,\n"
         "with alias `latest`, and `champion` when its held-out bits/dim beats the champion's and it has not collapsed."
     )
-    p = _stage(stages, "pretrain", "train an encoder on stored frames and register it", details, run, present)
-    _recipe_options(p, "vae")
+    p = stage(stages, "pretrain", "train an encoder on stored frames and register it", details, run, present)
+    recipe_options(p, "vae")
     p.add_argument("--data", required=True, metavar="DIR", help="a frames dataset")
     p.add_argument("--register", required=True, metavar="NAME", help="name of the registered model")
     p.add_argument("--promote", action="store_true", help="set alias champion whatever the present one's figures")
     p.add_argument("--resume", action="store_true", help="go on with the latest run of this name that was cut off")
-    _places(p)
+    places(p)
 
 
 def _encode(stages: Any) -> None:
     def run(o: Options) -> Result:
         from jobs import encode
 
-        return encode.run(_workspace(o), o.data, o.encoder, o.out, overwrite=o.overwrite)
+        return encode.run(workspace_of(o), o.data, o.encoder, o.out, overwrite=o.overwrite)
 
     details = (
         "One row a transition, in the columns that RLlib's offline readers take.\n"
         "Run again, it goes on where it was cut off."
     )
-    p = _stage(
+    p = stage(
         stages, "encode", "turn frames into a dataset of latents", details, run,
-        lambda r: _facts(r, "dataset", "frames", "frames_per_s"),
+        lambda r: facts(r, "dataset", "frames", "frames_per_s"),
     )  # fmt: skip
     p.add_argument("--data", required=True, metavar="DIR", help="a frames dataset")
     p.add_argument(
@@ -204,7 +142,7 @@ def _encode(stages: Any) -> None:
     )
     p.add_argument("--out", required=True, metavar="DIR", help="folder or address of the dataset of latents")
     p.add_argument("--overwrite", action="store_true", help="replace what is at --out")
-    _places(p)
+    places(p)
 
 
 def _train(stages: Any) -> None:
@@ -214,10 +152,10 @@ def _train(stages: Any) -> None:
 
         recipe = train_recipe(o.recipe, config=o.config, overrides=o.set)
         names = "game encoder mode agent_steps num_env_runners num_learners protocol seed register resume"
-        return train.run(_workspace(o), recipe, **{name: getattr(o, name) for name in names.split()})
+        return train.run(workspace_of(o), recipe, **{name: getattr(o, name) for name in names.split()})
 
     def present(r: Result) -> str:
-        facts = _facts(
+        shown = facts(
             r,
             "policy",
             "agent_steps",
@@ -227,15 +165,15 @@ def _train(stages: Any) -> None:
             "episode_return_mean",
             "run_folder",
         )
-        return f"{facts}\nnext: latentrl evaluate {r['policy']} --episodes 20"
+        return f"{shown}\nnext: latentrl evaluate {r['policy']} --episodes 20"
 
     details = (
         "frozen:   latents are made on the rollout workers; the learner never sees a pixel (needs --encoder)\n"
         "finetune: the encoder learns too, at a rate of its own (needs --encoder)\n"
         "pixels:   the encoder's architecture from scratch, or the DQN paper's (q.torso=nature): the baselines"
     )
-    p = _stage(stages, "train", "learn to play by Q-learning, distributed by RLlib", details, run, present)
-    _recipe_options(p, "dqn")
+    p = stage(stages, "train", "learn to play by Q-learning, distributed by RLlib", details, run, present)
+    recipe_options(p, "dqn")
     p.add_argument("--game", required=True, help="ALE id such as pong")
     p.add_argument("--encoder", metavar="URI", help="models:/NAME@alias, models:/NAME/3, runs:/ID/path or a folder")
     p.add_argument("--mode", choices=("frozen", "finetune", "pixels"), default="frozen")
@@ -243,42 +181,42 @@ def _train(stages: Any) -> None:
     p.add_argument("--num-env-runners", type=int, default=1, help="remote rollout workers; 0: in this process (1)")
     p.add_argument("--num-learners", type=int, default=0, help="remote learners; 0: in this process (0)")
     p.add_argument("--protocol", default="atari100k", help=f"{', '.join(PROTOCOLS)} (atari100k)")
-    p.add_argument("--seed", type=_seed, default=0)
+    p.add_argument("--seed", type=seed, default=0)
     p.add_argument("--register", metavar="NAME", help="name of the registered policy (GAME-agent)")
     p.add_argument("--resume", action="store_true", help="go on with the latest run of this name that was cut off")
-    _places(p)
+    places(p)
 
 
 def _evaluate(stages: Any) -> None:
     def run(o: Options) -> Result:
         from jobs import evaluate
 
-        return evaluate.run(_workspace(o), o.policy, episodes=o.episodes, seed=o.seed, video=o.video)
+        return evaluate.run(workspace_of(o), o.policy, episodes=o.episodes, seed=o.seed, video=o.video)
 
     details = "Full games on raw points, greedy; the interval is a bootstrap over episodes (10,000 resamples, 95%)."
-    p = _stage(
+    p = stage(
         stages, "evaluate", "play whole games with a policy and score it", details, run,
-        lambda r: _facts(r, "policy", *EVALUATED, "run_folder"),
+        lambda r: facts(r, "policy", *EVALUATED, "run_folder"),
     )  # fmt: skip
     p.add_argument("policy", metavar="POLICY", help="a policy's folder or registry address, or random:GAME")
     p.add_argument("--episodes", type=int, default=20)
-    p.add_argument("--seed", type=_seed, default=0, help="episode i starts from (seed, i) alone (0)")
+    p.add_argument("--seed", type=seed, default=0, help="episode i starts from (seed, i) alone (0)")
     p.add_argument("--video", action="store_true", help="film one game, beside what its latent holds")
-    _places(p)
+    places(p)
 
 
 def _report(stages: Any) -> None:
     def run(o: Options) -> Result:
         from jobs import report
 
-        return report.run(_workspace(o), o.run_name)
+        return report.run(workspace_of(o), o.run_name)
 
-    p = _stage(
+    p = stage(
         stages, "report", "make one HTML page of a run", "Self-contained; also an artifact of the run in MLflow.", run,
         lambda r: f"  report  {r['path']}",
     )  # fmt: skip
     p.add_argument("run_name", metavar="RUN", help="a run's folder, its name, or its MLflow run id")
-    _places(p)
+    places(p)
 
 
 def _demo(stages: Any) -> None:
@@ -289,27 +227,15 @@ def _demo(stages: Any) -> None:
             o.out, tracking_uri=o.tracking_uri, ray_address=o.ray_address, seed=o.seed, overwrite=o.overwrite
         )
 
-    p = _stage(
+    p = stage(
         stages, "demo", "run every stage on a real game, from frames to an agent that plays",
         "The tour of the project: jobs/demo.py is this command, stage by stage.", run, lambda r: str(r["table"]),
     )  # fmt: skip
     p.add_argument("--out", default="latentrl-demo", help="folder for everything it makes (latentrl-demo)")
-    p.add_argument("--seed", type=_seed, default=0)
+    p.add_argument("--seed", type=seed, default=0)
     p.add_argument("--overwrite", action="store_true", help="replace an earlier demo at --out")
     p.add_argument("--tracking-uri", help="MLflow server instead of a sqlite file under --out")
     p.add_argument("--ray-address", help="running Ray cluster (HOST:PORT or auto) instead of a local one")
-
-
-def _sync(stages: Any) -> None:
-    def run(o: Options) -> Result:
-        from jobs import sync
-
-        return sync.run(_workspace(o), o.run_name)
-
-    details = "For runs that ended while the tracking server was away (exit code 3)."
-    p = _stage(stages, "sync", "deliver to MLflow what a run could not", details, run, lambda r: _facts(r, *r))
-    p.add_argument("run_name", metavar="RUN", help="a run's folder, its name, or its MLflow run id")
-    _places(p)
 
 
 def _recipes(stages: Any) -> None:
@@ -323,6 +249,6 @@ def _recipes(stages: Any) -> None:
 
         return str(yaml.safe_dump(r, sort_keys=False)).rstrip()
 
-    _stage(
+    stage(
         stages, "recipes", "list the recipes and all their settings", "Each is a complete configuration.", run, present
     )

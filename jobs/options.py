@@ -1,0 +1,75 @@
+"""What all commands' options and results have in common: types of arguments, places, figures in words."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from jobs.workspace import DEFAULT_HOME, HOME_VARIABLE, Workspace
+
+Options = argparse.Namespace
+Result = dict[str, Any]
+
+
+def stage(
+    stages: Any,
+    name: str,
+    help_line: str,
+    details: str,
+    run: Callable[[Options], Result],
+    present: Callable[[Result], str],
+) -> argparse.ArgumentParser:
+    """Adds a command with what all have: `run` makes its result of the options, `present` says it in words."""
+    parser: argparse.ArgumentParser = stages.add_parser(
+        name,
+        help=help_line,
+        description=f"{help_line}\n\n{details}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run, present=present)
+    common = parser.add_argument_group("common options")
+    common.add_argument("--json", action="store_true", help="make the last line of stdout one JSON object")
+    return parser
+
+
+def seed(text: str) -> int:
+    """Type of every --seed: a whole number that every generator takes."""
+    number = int(text) if text.lstrip("+-").isdigit() else -1
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is no seed; give a whole number from 0 to {2**32 - 1}")
+    return number
+
+
+def share(text: str) -> float:
+    """Type of a share of one."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share; give a number from 0 to 1")
+    return number
+
+
+def places(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say where everything lies."""
+    group = parser.add_argument_group("places")
+    group.add_argument(
+        "--home", help=f"folder for runs, tracking database and artifacts (${HOME_VARIABLE}, {DEFAULT_HOME})"
+    )
+    group.add_argument("--tracking-uri", help="MLflow server instead of a sqlite file under --home")
+    group.add_argument("--ray-address", help="running Ray cluster (HOST:PORT or auto) instead of a local one")
+
+
+def workspace_of(options: Options) -> Workspace:
+    """The places that the options name."""
+    return Workspace.at(options.home, options.tracking_uri, options.ray_address)
+
+
+def facts(result: Result, *keys: str) -> str:
+    """Some of a result, one line a key, without those that are None."""
+    width = max(map(len, keys))
+    return "\n".join(
+        f"  {key.replace('_', ' '):<{width}}  {result[key]}" for key in keys if result.get(key) is not None
+    )
