@@ -28,19 +28,33 @@ def latentrl(mode: str, train: dict[str, Any], q: dict[str, Any]) -> Iterator[Co
         train: Changes to the shipped recipe's Q-learning.
         q: Changes to its Q network.
     """
-    recipe = train_recipe("dqn")
-    config = LatentDQNConfig().training(recipe.train.replace(**train)).debugging(seed=0)
-    config = config.env_runners(num_env_runners=1)
     with tempfile.TemporaryDirectory() as folder, ray_here():
-        is_pixels, preprocess = mode == "pixels", preprocess_for(GAME)
-        config = config.latent(
-            preprocess=preprocess,
-            mode=mode,
-            encoder=None if is_pixels else untrained_encoder(Path(folder) / "encoder", preprocess),
-            encoder_config=recipe.model if is_pixels else None,
-            q=replace_known(recipe.q, q),
-        )
-        yield from run(config)
+        yield from run(config_of(Path(folder), mode, train, q))
+
+
+def config_of(
+    folder: Path, mode: str, train: dict[str, Any], q: dict[str, Any], name: str = "dqn", num_workers: int = 1
+) -> LatentDQNConfig:
+    """The configuration of a run.
+
+    Args:
+        folder: For an untrained encoder's bundle.
+        mode, train, q: As above.
+        name: Of the recipe.
+        num_workers: Remote rollout workers; 0 samples in this process.
+    """
+    recipe, preprocess = train_recipe(name), preprocess_for(GAME)
+    is_pixels = mode == "pixels"
+    config = LatentDQNConfig().latent(
+        preprocess=preprocess,
+        mode=mode,
+        encoder=None if is_pixels else untrained_encoder(folder / "encoder", preprocess),
+        encoder_config=recipe.model if is_pixels else None,
+        q=replace_known(recipe.q, q),
+    )
+    config = config.training(recipe.train.replace(**train)).debugging(seed=0)
+    built: LatentDQNConfig = config.env_runners(num_env_runners=num_workers)
+    return built
 
 
 def run(config: LatentDQNConfig) -> Iterator[Counts]:

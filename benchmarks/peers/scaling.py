@@ -40,9 +40,9 @@ _ENCODER = VAESettings(patch=4, widths=(8,), num_blocks=0, latent_channels=16)
 class SleepingEnvironments:
     """Behind the `VectorAtari` interface; every environment ends its episode after `EPISODE_STEPS`."""
 
-    def __init__(self, num_envs: int) -> None:
+    def __init__(self, num_envs: int, step_s: float) -> None:
         """Draws the observations once: (N, E, 128) float16."""
-        self.num_envs, self.num_actions = num_envs, 6
+        self.num_envs, self.num_actions, self._step_s = num_envs, 6, step_s
         shape = (NUM_OBSERVATIONS, num_envs, NUM_FLOATS)
         self._observations = np.random.default_rng(0).standard_normal(shape).astype(np.float16)
         self._steps = 0
@@ -54,7 +54,8 @@ class SleepingEnvironments:
 
     def step(self, actions: np.ndarray) -> Step:
         """Sleeps once for all."""
-        time.sleep(STEP_S)
+        if self._step_s:
+            time.sleep(self._step_s)
         self._steps += 1
         return self._result(is_over=self._steps % EPISODE_STEPS == 0)
 
@@ -69,7 +70,12 @@ class SleepingEnvironments:
 
 def sleeping_factory(preprocess: Preprocess, num_envs: int, num_threads: int) -> SleepingEnvironments:
     """For `LatentDQNConfig.latent(env_factory=...)`."""
-    return SleepingEnvironments(num_envs)
+    return SleepingEnvironments(num_envs, STEP_S)
+
+
+def tireless_factory(preprocess: Preprocess, num_envs: int, num_threads: int) -> SleepingEnvironments:
+    """The same without the sleep."""
+    return SleepingEnvironments(num_envs, 0.0)
 
 
 class FloatsConfig(LatentDQNConfig):
@@ -84,8 +90,15 @@ class FloatsConfig(LatentDQNConfig):
         return pipeline
 
 
-def scaling(num_workers: int) -> Iterator[Counts]:
-    """Trains for ever on `num_workers` rollout workers, one update per 16 agent steps."""
+def simulated_config(folder: Path, num_workers: int, *, sleeps: bool = True, **train: Any) -> LatentDQNConfig:
+    """Simulated environments under the shipped recipe.
+
+    Args:
+        folder: For an encoder's bundle.
+        num_workers: Remote rollout workers; 0 samples in this process.
+        sleeps: 10 ms a vector step; or not at all.
+        train: Changes to the Q-learning.
+    """
     recipe = train_recipe("dqn")
     preprocess = Preprocess(
         game="simulated",
@@ -103,18 +116,26 @@ def scaling(num_workers: int) -> Iterator[Counts]:
         noop_max=0,
         fire_reset=False,
     )
-    train = recipe.train.replace(
-        envs_per_runner=NUM_ENVS,
-        fragment_length=FRAGMENT_LENGTH,
-        updates_per_agent_step=UPDATES_PER_AGENT_STEP,
-        stack=1,
+    changes = {
+        "envs_per_runner": NUM_ENVS,
+        "fragment_length": FRAGMENT_LENGTH,
+        "updates_per_agent_step": UPDATES_PER_AGENT_STEP,
+        "stack": 1,
+        **train,
+    }
+    config = FloatsConfig().latent(
+        preprocess=preprocess,
+        mode="frozen",
+        encoder=untrained_encoder(folder / "encoder", preprocess, _ENCODER),
+        q=recipe.q,
+        env_factory=sleeping_factory if sleeps else tireless_factory,
     )
-    with tempfile.TemporaryDirectory() as folder, ray_here(DECLARED_CPUS):
-        config = FloatsConfig().latent(
-            preprocess=preprocess,
-            mode="frozen",
-            encoder=untrained_encoder(Path(folder) / "encoder", preprocess, _ENCODER),
-            q=recipe.q,
-            env_factory=sleeping_factory,
-        )
-        yield from run(config.training(train).env_runners(num_env_runners=num_workers).debugging(seed=0))
+    config = config.training(recipe.train.replace(**changes))
+    built: LatentDQNConfig = config.env_runners(num_env_runners=num_workers).debugging(seed=0)
+    return built
+
+
+def scaling(num_workers: int, **changes: Any) -> Iterator[Counts]:
+    """Trains for ever on `num_workers` rollout workers; `changes` as in `simulated_config`."""
+    with tempfile.TemporaryDirectory() as folder, ray_here(max(DECLARED_CPUS, num_workers + 2)):
+        yield from run(simulated_config(Path(folder), num_workers, **changes))
