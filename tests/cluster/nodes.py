@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 from programs import Program, answers, free_ports
 
 BIN = Path(sys.executable).parent
@@ -87,6 +88,12 @@ class Node(Program):
             "OMP_NUM_THREADS": "1",
             **self._variables,
         }
+
+    def entered(self) -> list[str]:
+        """What to put before a command so that it runs on this node."""
+        assert self.process is not None
+        (first,) = psutil.Process(self.process.pid).children()
+        return ["nsenter", f"--target={first.pid}", "--mount", "--pid"]
 
     def is_ready(self) -> bool:
         """Whether Ray says so on its output."""
