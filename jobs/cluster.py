@@ -5,24 +5,29 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import ray
 
+from jobs.watch import watched
 from jobs.workspace import Workspace
 from pipeline.errors import UserError
 
 _CONNECT_LIMIT_S = 15.0
 _OBJECT_STORE_BYTES = 1 << 30
+_SMALLEST_OBJECT_STORE_BYTES = 80 << 20  # Ray refuses less than 75 MiB
+_SHARED_MEMORY = Path("/dev/shm")
 
 
 @contextlib.contextmanager
-def ray_session(workspace: Workspace, *, needs: dict[str, float], what: str) -> Iterator[None]:
+def ray_session(workspace: Workspace, *, needs: dict[str, float], what: str, object_bytes: int = 0) -> Iterator[None]:
     """Starts or joins Ray, checks that it has room, and leaves nothing of it behind.
 
     Inside an enclosing session (the demo's) the running Ray is used.
@@ -31,13 +36,16 @@ def ray_session(workspace: Workspace, *, needs: dict[str, float], what: str) -> 
         workspace: Says whether to start or to join.
         needs: Resources that the stage takes at once, for example {"CPU": 3}.
         what: The same in words, for the message ("2 collecting workers").
+        object_bytes: What the stage would have in the object store of a node; with less it is slower, and says so.
 
     Raises:
         UserError: The cluster does not answer, or has too few resources.
     """
     if ray.is_initialized():
         _require(needs, what)
-        yield
+        _note_small_object_stores(object_bytes)
+        with watched(what, needs):
+            yield
         return
     on_terminate = signal.getsignal(signal.SIGTERM)
     if workspace.ray_address is None:
@@ -49,13 +57,16 @@ def ray_session(workspace: Workspace, *, needs: dict[str, float], what: str) -> 
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own in its place
         _require(needs, what)
-        yield
+        _note_small_object_stores(object_bytes)
+        with watched(what, needs):
+            yield
     finally:
         ray.shutdown()
 
 
 def _start_local() -> None:
     memory = min(_OBJECT_STORE_BYTES, psutil.virtual_memory().available // 4)
+    _require_object_store(memory)
     ray.init(
         address="local",
         num_cpus=os.cpu_count(),
@@ -65,6 +76,36 @@ def _start_local() -> None:
         logging_level=logging.ERROR,
         configure_logging=True,
     )
+
+
+def _require_object_store(memory: int) -> None:
+    """Refuses to start where Ray could not; says when Ray will put its object store onto the disk.
+
+    Raises:
+        UserError: Too little memory is free.
+    """
+    if memory < _SMALLEST_OBJECT_STORE_BYTES:
+        raise UserError(
+            f"this machine has {4 * memory >> 20} MiB of memory free, and Ray with its object store needs at least "
+            f"{4 * _SMALLEST_OBJECT_STORE_BYTES >> 20}; end other programs"
+        )
+    free = shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else memory
+    if free < memory:
+        print(
+            f"note: {_SHARED_MEMORY} has {free >> 20} MiB free, Ray's object store takes {memory >> 20}: it goes to "
+            f"the disk and is slower (docker: --shm-size=2g)",
+            file=sys.stderr,
+        )
+
+
+def _note_small_object_stores(wanted: int) -> None:
+    sizes = [node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"]]
+    if sizes and min(sizes) < wanted:
+        print(
+            f"note: the smallest object store of Ray's nodes has {int(min(sizes)) >> 20} MiB, the data takes up to "
+            f"{wanted >> 20}: what does not fit goes through the disk and is slower (ray start --object-store-memory)",
+            file=sys.stderr,
+        )
 
 
 def _join(address: str) -> None:

@@ -8,10 +8,9 @@ of workers. A *shard*, the unit of work, is a few lanes stepped together.
 
 from __future__ import annotations
 
-import errno
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,39 +18,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
-import ray
 
-from pipeline.atari import Step, make_vector
-from pipeline.errors import UserError
+from pipeline.crew import Crew
+from pipeline.disk import full_disk_told
+from pipeline.errors import Terminated, UserError
+from pipeline.lanes import Lane, LaneResult
 from pipeline.policies import BehaviourFactory
-from pipeline.protocols import protocol_rules
-from pipeline.schema import EPISODES_SCHEMA, RAM_BYTES, ROW_GROUP_ROWS, Preprocess, frames_schema
-from pipeline.store import FileEntry, FramesDataset, assign_splits, episode_hash, hash_file, locate, write_manifest
+from pipeline.schema import EPISODES_SCHEMA, Preprocess
+from pipeline.store import FramesDataset, assign_splits, episode_hash, locate, write_manifest
 
 LANE_ROWS = 4096  # a lane has at least so many rows
 MAX_LANES = 256
 LANES_PER_SHARD = 2
-_EPISODES_PER_LANE = 1 << 32
-_PAGE_BYTES = 8 << 20
-
-
-@dataclass(frozen=True)
-class Lane:
-    """One environment's part of a dataset: index, seed of environment and policy, rows it owes."""
-
-    index: int
-    seed: int
-    rows: int
-
-
-@dataclass
-class LaneResult:
-    """What a lane wrote: its file and its episodes as (episode_id, first_row, length, return)."""
-
-    lane: Lane
-    file: FileEntry
-    episodes: list[tuple[int, int, int, float]]
 
 
 @dataclass(frozen=True)
@@ -97,25 +75,29 @@ def collect(
         with_ram: Stores the emulator's RAM beside each frame.
         num_workers: Actors, one CPU and one environment thread each.
         overwrite: Replaces what is at `out`.
-        on_rows: Called with the number of rows that were just written.
+        on_rows: Called with the number of rows that were just written; negative where they were lost with a worker.
 
     Raises:
         UserError: `out` exists or cannot be written, or the disk is full; nothing is left behind.
     """
     require_room(out, frames, overwrite=overwrite)
     filesystem, root = _make_room(out, overwrite=overwrite)
+    crew = Crew(out, preprocess, num_workers, with_ram=with_ram)
     try:
-        workers = [_Collector.remote(out, preprocess, with_ram) for _ in range(num_workers)]  # type: ignore[attr-defined]
-        ray.get([worker.ready.remote() for worker in workers])
+        crew.wait_until_ready()
         start = time.perf_counter()
-        results, rows_per_worker = _run_shards(workers, plan_shards(frames, seed), behaviour, on_rows)
-        settings = {**played_by, "seed": seed, "lanes": len(results)}
-        _finish(filesystem, root, preprocess, results, seed=seed, with_ram=with_ram, collection=settings)
+        with full_disk_told(out):
+            results = crew.play(plan_shards(frames, seed), behaviour, on_rows)
+            settings = {**played_by, "seed": seed, "lanes": len(results)}
+            _finish(filesystem, root, preprocess, results, seed=seed, with_ram=with_ram, collection=settings)
     except BaseException as error:
+        crew.stop()  # first, so that no worker writes into what is deleted
         filesystem.delete_dir(root)
-        _raise_if_disk_full(error, out)
+        if isinstance(error, Terminated):
+            raise Terminated(f"terminated; nothing of {out} was kept: run the same command again") from None
         raise
-    return Collected(FramesDataset.open(out), time.perf_counter() - start, rows_per_worker)
+    crew.stop()
+    return Collected(FramesDataset.open(out), time.perf_counter() - start, crew.rows_per_worker)
 
 
 def require_room(out: str, frames: int, *, overwrite: bool) -> None:
@@ -148,12 +130,17 @@ def _require_writable(root: Path, out: str) -> None:
 
 
 def _make_room(out: str, *, overwrite: bool) -> tuple[pafs.FileSystem, str]:
-    """Leaves an empty `data` folder at the root of the dataset."""
+    """Leaves an empty `data` folder at the root of the dataset, which no other collection has made."""
     filesystem, root = locate(out)
     try:
         if overwrite and filesystem.get_file_info(root).type == pafs.FileType.Directory:
             filesystem.delete_dir_contents(root)
-        filesystem.create_dir(f"{root}/data", recursive=True)
+        if isinstance(filesystem, pafs.LocalFileSystem):
+            Path(root, "data").mkdir(parents=True)
+        else:
+            filesystem.create_dir(f"{root}/data", recursive=True)
+    except FileExistsError:
+        raise UserError(f"another collection is writing {out}; wait for it or name another folder") from None
     except OSError as error:
         raise _unwritable(out, error) from None
     return filesystem, root
@@ -168,44 +155,6 @@ def _require_dataset_to_replace(filesystem: pafs.FileSystem, root: str, out: str
     names = {entry.base_name for entry in filesystem.get_file_info(pafs.FileSelector(root))}
     if not names <= {"data", "meta"}:
         raise UserError(f"{out} holds other things than a dataset ({sorted(names)[:3]}); name another folder")
-
-
-def _raise_if_disk_full(error: BaseException, out: str) -> None:
-    cause: Any = getattr(error, "cause", error)
-    if isinstance(cause, OSError) and (cause.errno == errno.ENOSPC or "No space left" in str(cause)):
-        raise UserError(f"the disk of {out} is full; free space or name another folder (nothing was kept)") from None
-
-
-def _run_shards(
-    workers: list[Any], shards: list[list[Lane]], behaviour: BehaviourFactory, on_rows: Callable[[int], None]
-) -> tuple[list[LaneResult], dict[str, int]]:
-    """Hands each idle worker the next shard; results come back in order of their lanes."""
-    waiting, running, results = list(shards), {}, []
-    rows_per_worker = {str(i): 0 for i in range(len(workers))}
-
-    def give_work(index: int) -> None:
-        if waiting:
-            stream = workers[index].run.remote(waiting.pop(0), behaviour)
-            running[stream] = index
-
-    for index in range(len(workers)):
-        give_work(index)
-    while running:
-        ready, _ = ray.wait(list(running), num_returns=1)
-        for stream in ready:
-            index = running[stream]
-            try:
-                item = ray.get(next(stream))
-            except StopIteration:
-                del running[stream]
-                give_work(index)
-                continue
-            if isinstance(item, int):
-                on_rows(item)
-                rows_per_worker[str(index)] += item
-            else:
-                results.extend(item)
-    return sorted(results, key=lambda result: result.lane.index), rows_per_worker
 
 
 def _finish(
@@ -230,170 +179,3 @@ def _finish(
         has_ram=with_ram,
         collection=collection,
     )
-
-
-@ray.remote(num_cpus=1)
-class _Collector:
-    """A worker: plays the lanes of a shard and writes their files."""
-
-    def __init__(self, out: str, preprocess: Preprocess, with_ram: bool) -> None:
-        self._filesystem, self._root = locate(out)
-        self._preprocess = preprocess
-        self._with_ram = with_ram
-        pa.array(
-            [0]
-        )  # pyarrow imports pandas at its first array, a third of a second: better now than in the first shard
-
-    def ready(self) -> bool:
-        """Answers once the process has started."""
-        return True
-
-    @ray.method(num_returns="streaming")
-    def run(self, lanes: list[Lane], behaviour: BehaviourFactory) -> Iterator[int | list[LaneResult]]:
-        """Yields numbers of written rows as they come, and at last the results of the lanes."""
-        writers = [LaneWriter(self._filesystem, self._root, self._preprocess, lane, self._with_ram) for lane in lanes]
-        yield from play_lanes(self._preprocess, lanes, writers, behaviour, with_ram=self._with_ram)
-        yield [writer.close() for writer in writers]
-
-
-def play_lanes(
-    preprocess: Preprocess,
-    lanes: list[Lane],
-    writers: list[LaneWriter],
-    behaviour: BehaviourFactory,
-    *,
-    with_ram: bool,
-) -> Iterator[int]:
-    """Steps the lanes' environments together until every writer has its rows; yields numbers of rows written."""
-    rules = protocol_rules(preprocess.protocol)
-    seeds = [lane.seed for lane in lanes]
-    policy = behaviour(preprocess, seeds)
-    env = make_vector(preprocess, len(lanes), with_ram=with_ram, life_loss_ends=rules.life_loss_ends_episode)
-    step = env.reset(np.array(seeds, np.int64))
-    is_first, pending = np.ones(len(lanes), bool), 0
-    while any(not writer.is_full for writer in writers):
-        actions = policy.act(step.frames, is_first)
-        ended = step.terminated | step.truncated
-        following = env.step(actions)
-        for index, writer in enumerate(writers):
-            pending += writer.add(step, index, int(actions[index]), float(following.rewards[index]))
-        is_first, step = ended, following
-        if pending >= ROW_GROUP_ROWS:
-            yield pending
-            pending = 0
-    env.close()
-    if pending:
-        yield pending
-
-
-class LaneWriter:
-    """Writes one lane's rows to its Parquet file, a row group at a time.
-
-    Args:
-        filesystem: Where the dataset lives.
-        root: The dataset's path inside it.
-        preprocess: What a frame is.
-        lane: The lane; its `rows` are written, no more.
-        with_ram: Whether the RAM column is written.
-    """
-
-    def __init__(
-        self, filesystem: pafs.FileSystem, root: str, preprocess: Preprocess, lane: Lane, with_ram: bool
-    ) -> None:
-        self._filesystem, self._lane = filesystem, lane
-        self._name = f"data/lane-{lane.index:05d}.parquet"
-        self._path = f"{root}/{self._name}"
-        self._schema = frames_schema(preprocess, with_ram=with_ram)
-        self._writer = pq.ParquetWriter(
-            self._path,
-            self._schema,
-            filesystem=filesystem,
-            compression="zstd",
-            use_dictionary=False,
-            write_page_checksum=True,
-            data_page_size=_PAGE_BYTES,
-            store_schema=True,
-        )
-        size = min(ROW_GROUP_ROWS, lane.rows)
-        self._frames = np.empty((size, preprocess.frame_bytes), np.uint8)
-        self._ram = np.empty((size, RAM_BYTES), np.uint8) if with_ram else None
-        self._columns: dict[str, list[Any]] = {name: [] for name in self._schema.names if name not in ("obs", "ram")}
-        self._written = 0
-        self._first_row, self._return = 0, 0.0
-        self._episodes: list[tuple[int, int, int, float]] = []
-
-    @property
-    def is_full(self) -> bool:
-        """Whether the lane has all its rows."""
-        return self._written + self._buffered == self._lane.rows
-
-    @property
-    def _buffered(self) -> int:
-        return len(self._columns["t"])
-
-    def add(self, step: Step, index: int, action: int, reward: float) -> int:
-        """Stores environment `index` of a vector step, with the action taken there and the reward it brought.
-
-        Returns:
-            Rows stored: 1, or 0 when the lane is full.
-        """
-        if self.is_full:
-            return 0
-        position, row = self._buffered, self._written + self._buffered
-        self._frames[position] = step.frames[index].reshape(-1)
-        if self._ram is not None and step.ram is not None:
-            self._ram[position] = step.ram[index]
-        terminated = bool(step.terminated[index])
-        is_last = terminated or bool(step.truncated[index]) or row + 1 == self._lane.rows
-        self._append(row, step, index, None if is_last else action, 0.0 if is_last else reward, terminated, is_last)
-        if is_last:
-            self._end_episode(row)
-        if self._buffered == len(self._frames) or self.is_full:
-            self._flush()
-        return 1
-
-    def _append(
-        self, row: int, step: Step, index: int, action: int | None, reward: float, terminated: bool, is_last: bool
-    ) -> None:
-        values = {
-            "episode_id": self._episode_id,
-            "t": row - self._first_row,
-            "action": action,
-            "reward": reward,
-            "terminated": terminated,
-            "truncated": is_last and not terminated,
-            "lives": min(int(step.lives[index]), 127),
-        }
-        for name, value in values.items():
-            self._columns[name].append(value)
-        self._return += reward
-
-    @property
-    def _episode_id(self) -> int:
-        return self._lane.index * _EPISODES_PER_LANE + len(self._episodes)
-
-    def _end_episode(self, row: int) -> None:
-        self._episodes.append((self._episode_id, self._first_row, row + 1 - self._first_row, self._return))
-        self._first_row, self._return = row + 1, 0.0
-
-    def _flush(self) -> None:
-        count = self._buffered
-        arrays = [self._array(name, count) for name in self._schema.names]
-        self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema), row_group_size=ROW_GROUP_ROWS)
-        self._written += count
-        for column in self._columns.values():
-            column.clear()
-
-    def _array(self, name: str, count: int) -> pa.Array:
-        pixels = {"obs": self._frames, "ram": self._ram}.get(name)
-        if pixels is not None:
-            buffer = pa.py_buffer(pixels[:count].tobytes())
-            return pa.Array.from_buffers(pa.binary(pixels.shape[1]), count, [None, buffer])
-        return pa.array(self._columns[name], type=self._schema.field(name).type)
-
-    def close(self) -> LaneResult:
-        """Finishes the file and returns its record."""
-        self._writer.close()
-        size = self._filesystem.get_file_info(self._path).size
-        digest = hash_file(self._filesystem, self._path)
-        return LaneResult(self._lane, FileEntry(self._name, self._written, size, digest), self._episodes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,6 +27,7 @@ from pipeline.store import FramesDataset
 
 CHUNK_BYTES = 32 << 20
 READ_AHEAD_CHUNKS = 3
+STREAM_BYTES = 2 * READ_AHEAD_CHUNKS * CHUNK_BYTES  # of the object store, at most
 PREFETCH_BATCHES = 4
 SCHEDULER_REST_S = 0.1
 SAMPLED_PIECES = 64
@@ -34,7 +36,7 @@ Item = TypeVar("Item")
 
 
 def training_batches(
-    dataset: FramesDataset, order: ReadingOrder, epochs: range, worker: int
+    dataset: FramesDataset, order: ReadingOrder, epochs: range, worker: int, skip_batches: int = 0
 ) -> Generator[Tensor, None, None]:
     """A worker's batches of several epochs, one after the other, from a single Ray Data pipeline.
 
@@ -43,16 +45,18 @@ def training_batches(
         order: What is read when.
         epochs: Consecutive epochs.
         worker: Rank of this worker.
+        skip_batches: Batches of the first epoch that have been read before, and are not read again.
 
     Yields:
-        Exactly `len(epochs) * order.num_batches` tensors (order.worker_batch_size, H, W) uint8.
+        Exactly `len(epochs) * order.num_batches - skip_batches` tensors (order.worker_batch_size, H, W) uint8.
 
     Raises:
         UserError: A file is damaged; it is named.
         RuntimeError: Frames were lost on the way.
     """
     chunks = [chunk for epoch in epochs for chunk in _epoch_chunks(dataset, order, epoch, worker)]
-    expected = len(epochs) * order.num_batches
+    chunks = list(_after(chunks, skip_batches * order.worker_batch_size))
+    expected = len(epochs) * order.num_batches - skip_batches
     yield from _counted(_stream(dataset, chunks, order.worker_batch_size), expected, order.worker_batch_size)
 
 
@@ -81,6 +85,14 @@ def _epoch_chunks(dataset: FramesDataset, order: ReadingOrder, epoch: int, worke
         yield Chunk(ranges, (order.seed, epoch, worker, index))
 
 
+def _after(chunks: list[Chunk], num_rows: int) -> Iterator[Chunk]:
+    """What is left of chunks after their first `num_rows` rows."""
+    for chunk in chunks:
+        if num_rows < chunk.num_rows:
+            yield replace(chunk, skip_rows=num_rows)
+        num_rows = max(0, num_rows - chunk.num_rows)
+
+
 def _chunk_rows(dataset: FramesDataset) -> int:
     return max(1, CHUNK_BYTES // dataset.preprocess.frame_bytes)
 
@@ -107,9 +119,7 @@ def _stream(dataset: FramesDataset, chunks: list[Chunk], batch_size: int) -> Ite
     frames = ray.data.read_datasource(source, override_num_blocks=len(chunks))
     options = frames.context.execution_options
     options.preserve_order = True
-    options.resource_limits = options.resource_limits.copy(
-        cpu=1, object_store_memory=2 * READ_AHEAD_CHUNKS * CHUNK_BYTES
-    )
+    options.resource_limits = options.resource_limits.copy(cpu=1, object_store_memory=STREAM_BYTES)
     frames.context.enable_progress_bars = False
     frames.context.custom_execution_callback_classes = [_Paced]
     try:

@@ -19,10 +19,11 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fault_rows import Record, measured
 from toy_frames import toy_dataset, toy_preprocess
 
 from jobs.cli import main
-from pipeline import artifact, bundle, collect
+from pipeline import artifact, bundle, crew
 from pipeline.artifact import LatentStats, save_encoder
 from pipeline.atari import preprocess_for
 from pipeline.errors import TrackingPending
@@ -246,7 +247,9 @@ def test_output_that_cannot_be_written_or_exists(capfd: pytest.CaptureFixture[st
     assert "is a file" in refused(capfd, *COLLECT[:-1], "new", "--home", tmp_path / "file")
 
 
-def test_full_disk(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
+) -> None:
     """On a real full disk where this user may mount one, else on a writer that reports one."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -256,11 +259,13 @@ def test_full_disk(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatc
         def fail(*arguments: object) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(collect, "_run_shards", fail)
+        monkeypatch.setattr(crew.Crew, "play", fail)
     try:
         complaint = refused(capfd, "collect", "--game", "seaquest", "--frames", 4000, "--out", disk / "data")
-        assert "is full" in complaint
+        assert "is full (" in complaint
+        assert "MiB free" in complaint
         assert not (disk / "data").exists()
+        measured(record_property, "disk full in collect", lost="all of it", read=complaint)
     finally:
         if mounted.returncode == 0:
             subprocess.run(["umount", str(disk)], check=True)
