@@ -8,6 +8,7 @@ of workers. A *shard*, the unit of work, is a few lanes stepped together.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import time
@@ -19,39 +20,27 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 import ray
 
-from pipeline.atari import Step, make_vector
+from pipeline.atari import make_vector
 from pipeline.errors import UserError
+from pipeline.lanes import Lane, LaneResult, LaneWriter
 from pipeline.policies import BehaviourFactory
 from pipeline.protocols import protocol_rules
-from pipeline.schema import EPISODES_SCHEMA, RAM_BYTES, ROW_GROUP_ROWS, Preprocess, frames_schema
-from pipeline.store import FileEntry, FramesDataset, assign_splits, episode_hash, hash_file, locate, write_manifest
+from pipeline.schema import EPISODES_SCHEMA, ROW_GROUP_ROWS, Preprocess
+from pipeline.storage import is_object_store, locate, reason, require_bucket, shown
+from pipeline.store import (
+    FramesDataset,
+    assign_splits,
+    clear,
+    episode_hash,
+    require_written,
+    write_manifest,
+)
 
 LANE_ROWS = 4096  # a lane has at least so many rows
 MAX_LANES = 256
 LANES_PER_SHARD = 2
-_EPISODES_PER_LANE = 1 << 32
-_PAGE_BYTES = 8 << 20
-
-
-@dataclass(frozen=True)
-class Lane:
-    """One environment's part of a dataset: index, seed of environment and policy, rows it owes."""
-
-    index: int
-    seed: int
-    rows: int
-
-
-@dataclass
-class LaneResult:
-    """What a lane wrote: its file and its episodes as (episode_id, first_row, length, return)."""
-
-    lane: Lane
-    file: FileEntry
-    episodes: list[tuple[int, int, int, float]]
 
 
 @dataclass(frozen=True)
@@ -104,16 +93,19 @@ def collect(
     """
     require_room(out, frames, overwrite=overwrite)
     filesystem, root = _make_room(out, overwrite=overwrite)
+    workers: list[Any] = []
     try:
-        workers = [_Collector.remote(out, preprocess, with_ram) for _ in range(num_workers)]  # type: ignore[attr-defined]
+        place = (filesystem, root)
+        workers += [_Collector.remote(place, preprocess, with_ram) for _ in range(num_workers)]  # type: ignore[attr-defined]
         ray.get([worker.ready.remote() for worker in workers])
         start = time.perf_counter()
         results, rows_per_worker = _run_shards(workers, plan_shards(frames, seed), behaviour, on_rows)
         settings = {**played_by, "seed": seed, "lanes": len(results)}
+        require_written(filesystem, root, (result.file for result in results), out)
         _finish(filesystem, root, preprocess, results, seed=seed, with_ram=with_ram, collection=settings)
     except BaseException as error:
-        filesystem.delete_dir(root)
-        _raise_if_disk_full(error, out)
+        kept = _tidy(workers, filesystem, root)
+        _raise_if_unwritable(error, filesystem, out, kept)
         raise
     return Collected(FramesDataset.open(out), time.perf_counter() - start, rows_per_worker)
 
@@ -127,15 +119,16 @@ def require_room(out: str, frames: int, *, overwrite: bool) -> None:
     if frames < 1:
         raise UserError(f"--frames is {frames}; ask for at least 1")
     filesystem, root = locate(out)
+    require_bucket(filesystem, root, out)
     try:
         info = filesystem.get_file_info(root)
         if info.type == pafs.FileType.File:
-            raise UserError(f"{out} is a file; name a folder for the dataset")
+            raise UserError(f"{shown(out)} is a file; name a folder for the dataset")
         if isinstance(filesystem, pafs.LocalFileSystem):
             _require_writable(Path(root), out)
         if info.type == pafs.FileType.Directory and filesystem.get_file_info(pafs.FileSelector(root)):
             if not overwrite:
-                raise UserError(f"{out} exists and is not empty; add --overwrite or name another folder")
+                raise UserError(f"{shown(out)} exists and is not empty; add --overwrite or name another folder")
             _require_dataset_to_replace(filesystem, root, out)
     except OSError as error:
         raise _unwritable(out, error) from None
@@ -144,7 +137,7 @@ def require_room(out: str, frames: int, *, overwrite: bool) -> None:
 def _require_writable(root: Path, out: str) -> None:
     nearest = next(path for path in (root, *root.parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write to {out} ({nearest} is no writable folder); name another one")
+        raise UserError(f"cannot write to {shown(out)} ({nearest} is no writable folder); name another one")
 
 
 def _make_room(out: str, *, overwrite: bool) -> tuple[pafs.FileSystem, str]:
@@ -152,7 +145,7 @@ def _make_room(out: str, *, overwrite: bool) -> tuple[pafs.FileSystem, str]:
     filesystem, root = locate(out)
     try:
         if overwrite and filesystem.get_file_info(root).type == pafs.FileType.Directory:
-            filesystem.delete_dir_contents(root)
+            clear(filesystem, root)
         filesystem.create_dir(f"{root}/data", recursive=True)
     except OSError as error:
         raise _unwritable(out, error) from None
@@ -160,20 +153,36 @@ def _make_room(out: str, *, overwrite: bool) -> tuple[pafs.FileSystem, str]:
 
 
 def _unwritable(out: str, error: OSError) -> UserError:
-    return UserError(f"cannot write to {out} ({error.strerror or error}); name a writable folder")
+    return UserError(f"cannot write to {shown(out)} ({reason(error)}); mend that, or name another place")
 
 
 def _require_dataset_to_replace(filesystem: pafs.FileSystem, root: str, out: str) -> None:
     """--overwrite replaces a dataset, finished or not, and never anything else."""
     names = {entry.base_name for entry in filesystem.get_file_info(pafs.FileSelector(root))}
     if not names <= {"data", "meta"}:
-        raise UserError(f"{out} holds other things than a dataset ({sorted(names)[:3]}); name another folder")
+        raise UserError(f"{shown(out)} holds other things than a dataset ({sorted(names)[:3]}); name another folder")
 
 
-def _raise_if_disk_full(error: BaseException, out: str) -> None:
+def _tidy(workers: list[Any], filesystem: pafs.FileSystem, root: str) -> str:
+    """Ends the workers and deletes what they wrote; says what is left of it."""
+    with contextlib.suppress(Exception):  # Ray may be gone already.
+        for worker in workers:
+            ray.kill(worker)
+    try:
+        filesystem.delete_dir(root)
+    except OSError as error:
+        return f"what was written is left there without a manifest: it cannot be deleted ({reason(error)})"
+    return "nothing was kept"
+
+
+def _raise_if_unwritable(error: BaseException, filesystem: pafs.FileSystem, out: str, kept: str) -> None:
     cause: Any = getattr(error, "cause", error)
-    if isinstance(cause, OSError) and (cause.errno == errno.ENOSPC or "No space left" in str(cause)):
-        raise UserError(f"the disk of {out} is full; free space or name another folder (nothing was kept)") from None
+    if not isinstance(cause, OSError):
+        return
+    if cause.errno == errno.ENOSPC or "No space left" in str(cause):
+        raise UserError(f"the disk of {shown(out)} is full; free space or name another folder ({kept})") from None
+    if is_object_store(filesystem):
+        raise UserError(f"cannot write to {shown(out)} ({reason(cause)}); {kept}") from None
 
 
 def _run_shards(
@@ -236,8 +245,8 @@ def _finish(
 class _Collector:
     """A worker: plays the lanes of a shard and writes their files."""
 
-    def __init__(self, out: str, preprocess: Preprocess, with_ram: bool) -> None:
-        self._filesystem, self._root = locate(out)
+    def __init__(self, place: tuple[pafs.FileSystem, str], preprocess: Preprocess, with_ram: bool) -> None:
+        self._filesystem, self._root = place
         self._preprocess = preprocess
         self._with_ram = with_ram
         pa.array(
@@ -284,116 +293,3 @@ def play_lanes(
     env.close()
     if pending:
         yield pending
-
-
-class LaneWriter:
-    """Writes one lane's rows to its Parquet file, a row group at a time.
-
-    Args:
-        filesystem: Where the dataset lives.
-        root: The dataset's path inside it.
-        preprocess: What a frame is.
-        lane: The lane; its `rows` are written, no more.
-        with_ram: Whether the RAM column is written.
-    """
-
-    def __init__(
-        self, filesystem: pafs.FileSystem, root: str, preprocess: Preprocess, lane: Lane, with_ram: bool
-    ) -> None:
-        self._filesystem, self._lane = filesystem, lane
-        self._name = f"data/lane-{lane.index:05d}.parquet"
-        self._path = f"{root}/{self._name}"
-        self._schema = frames_schema(preprocess, with_ram=with_ram)
-        self._writer = pq.ParquetWriter(
-            self._path,
-            self._schema,
-            filesystem=filesystem,
-            compression="zstd",
-            use_dictionary=False,
-            write_page_checksum=True,
-            data_page_size=_PAGE_BYTES,
-            store_schema=True,
-        )
-        size = min(ROW_GROUP_ROWS, lane.rows)
-        self._frames = np.empty((size, preprocess.frame_bytes), np.uint8)
-        self._ram = np.empty((size, RAM_BYTES), np.uint8) if with_ram else None
-        self._columns: dict[str, list[Any]] = {name: [] for name in self._schema.names if name not in ("obs", "ram")}
-        self._written = 0
-        self._first_row, self._return = 0, 0.0
-        self._episodes: list[tuple[int, int, int, float]] = []
-
-    @property
-    def is_full(self) -> bool:
-        """Whether the lane has all its rows."""
-        return self._written + self._buffered == self._lane.rows
-
-    @property
-    def _buffered(self) -> int:
-        return len(self._columns["t"])
-
-    def add(self, step: Step, index: int, action: int, reward: float) -> int:
-        """Stores environment `index` of a vector step, with the action taken there and the reward it brought.
-
-        Returns:
-            Rows stored: 1, or 0 when the lane is full.
-        """
-        if self.is_full:
-            return 0
-        position, row = self._buffered, self._written + self._buffered
-        self._frames[position] = step.frames[index].reshape(-1)
-        if self._ram is not None and step.ram is not None:
-            self._ram[position] = step.ram[index]
-        terminated = bool(step.terminated[index])
-        is_last = terminated or bool(step.truncated[index]) or row + 1 == self._lane.rows
-        self._append(row, step, index, None if is_last else action, 0.0 if is_last else reward, terminated, is_last)
-        if is_last:
-            self._end_episode(row)
-        if self._buffered == len(self._frames) or self.is_full:
-            self._flush()
-        return 1
-
-    def _append(
-        self, row: int, step: Step, index: int, action: int | None, reward: float, terminated: bool, is_last: bool
-    ) -> None:
-        values = {
-            "episode_id": self._episode_id,
-            "t": row - self._first_row,
-            "action": action,
-            "reward": reward,
-            "terminated": terminated,
-            "truncated": is_last and not terminated,
-            "lives": min(int(step.lives[index]), 127),
-        }
-        for name, value in values.items():
-            self._columns[name].append(value)
-        self._return += reward
-
-    @property
-    def _episode_id(self) -> int:
-        return self._lane.index * _EPISODES_PER_LANE + len(self._episodes)
-
-    def _end_episode(self, row: int) -> None:
-        self._episodes.append((self._episode_id, self._first_row, row + 1 - self._first_row, self._return))
-        self._first_row, self._return = row + 1, 0.0
-
-    def _flush(self) -> None:
-        count = self._buffered
-        arrays = [self._array(name, count) for name in self._schema.names]
-        self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema), row_group_size=ROW_GROUP_ROWS)
-        self._written += count
-        for column in self._columns.values():
-            column.clear()
-
-    def _array(self, name: str, count: int) -> pa.Array:
-        pixels = {"obs": self._frames, "ram": self._ram}.get(name)
-        if pixels is not None:
-            buffer = pa.py_buffer(pixels[:count].tobytes())
-            return pa.Array.from_buffers(pa.binary(pixels.shape[1]), count, [None, buffer])
-        return pa.array(self._columns[name], type=self._schema.field(name).type)
-
-    def close(self) -> LaneResult:
-        """Finishes the file and returns its record."""
-        self._writer.close()
-        size = self._filesystem.get_file_info(self._path).size
-        digest = hash_file(self._filesystem, self._path)
-        return LaneResult(self._lane, FileEntry(self._name, self._written, size, digest), self._episodes)

@@ -13,11 +13,13 @@ import pytest
 import ray
 
 from pipeline.atari import make_vector, preprocess_for
-from pipeline.collect import LANE_ROWS, Lane, LaneWriter, collect, plan_shards, play_lanes
+from pipeline.collect import LANE_ROWS, collect, plan_shards, play_lanes
 from pipeline.errors import UserError
+from pipeline.lanes import Lane, LaneWriter
 from pipeline.policies import random_policy
 from pipeline.schema import MANIFEST_FILE
-from pipeline.store import FramesDataset, assign_splits, locate, write_manifest
+from pipeline.storage import locate
+from pipeline.store import FramesDataset, assign_splits, write_manifest
 
 BREAKOUT = preprocess_for("breakout")
 

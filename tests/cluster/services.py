@@ -155,6 +155,10 @@ class ObjectStore(Program):
             self.client().create_bucket(Bucket=self.bucket)
         self.client().put_object(Bucket=self.bucket, Key=key, Body=content)
 
+    def get(self, key: str) -> bytes:
+        """An object's content."""
+        return bytes(self.client().get_object(Bucket=self.bucket, Key=key)["Body"].read())
+
     def keys(self, prefix: str = "") -> list[str]:
         """Names of the objects below a prefix."""
         pages = self.client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
