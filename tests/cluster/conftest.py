@@ -35,8 +35,9 @@ def mlflow_server(postgres: Postgres, store: ObjectStore) -> Iterator[Mlflow]:
 
 @pytest.fixture(scope="session")
 def cluster(store: ObjectStore, mlflow_server: Mlflow) -> Iterator[RayCluster]:
-    """Head, `one` and `two`, of one CPU each; every node has the keys of the store and of the tracking server."""
-    nodes = RayCluster({"one": 1, "two": 1}, {**store.variables(), **mlflow_server.variables()})
+    """A head, and machines of one CPU each; the keys of the store and of the tracking server lie in a file on each."""
+    secrets = {**store.keys_of(store.owner), **mlflow_server.variables()}
+    nodes = RayCluster({"one": 1, "two": 1, "three": 1}, store.place(), secrets)
     nodes.start()
     yield nodes
     nodes.remove()
