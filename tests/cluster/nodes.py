@@ -108,7 +108,7 @@ class Node(Program):
 
 
 class RayCluster:
-    """A head that only drivers run on, and workers; Ray asks for its token everywhere.
+    """A head and workers; Ray asks for its token everywhere.
 
     Args:
         workers: CPUs of each worker, by name.
@@ -123,7 +123,7 @@ class RayCluster:
         variables: Mapping[str, str],
         secrets: Mapping[str, str] | None = None,
         *,
-        head_cpus: int = 0,
+        head_cpus: int = 1,
     ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="latentrl-ray-"))
         self.shared, self.here = self.folder / "shared", self.folder / "here"
