@@ -6,6 +6,7 @@ The stages follow each other as fixtures; each test holds what one of them promi
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ from pipeline.bundle import sha256_of, verify
 from pipeline.schema import MANIFEST_FILE
 from rllib_ext.checkpoint import find_checkpoint
 
+FRAMES, AGENT_STEPS, FIRST_CHECKPOINT = 1_600, 8_000, 400
 SMALL_ENCODER = ("model.latent_channels=1", "model.widths=[4,4]", "train.epochs=2", "train.stats_frames=256")
 SMALL_AGENT = (
-    *("train.warmup_agent_steps=200", "train.replay_capacity=4000", "train.checkpoint_agent_steps=400"),
+    *("train.warmup_agent_steps=200", "train.replay_capacity=4000", f"train.checkpoint_agent_steps={FIRST_CHECKPOINT}"),
     *("train.envs_per_runner=4", "train.fragment_length=8", "q.hidden=[16]"),
 )
-FRAMES, AGENT_STEPS = 1_600, 6_000
 TRAIN = (
     *("train", "--game", "pong", "--encoder", "models:/pong-encoder@champion", "--num-env-runners", 2),
     *("--agent-steps", AGENT_STEPS, *(word for setting in SMALL_AGENT for word in ("--set", setting))),
@@ -62,7 +63,7 @@ def interrupted(stages: Stages, pretrained: Job) -> Job:
     """Q-learning whose driver's machine is lost after a checkpoint; a new machine takes its place."""
     job = stages.start(*TRAIN)
     checkpoint = stages.home / "runs" / "train-pong-frozen-001" / "checkpoint"
-    stages.cluster.wait_for(lambda: find_checkpoint(checkpoint) is not None or job.status == "FAILED", 200)
+    stages.cluster.wait_for(lambda: find_checkpoint(checkpoint) is not None or job.status == "FAILED", 400)
     assert job.status == "RUNNING", job.log()
     stages.cluster.lose(job.driver_node)
     stages.cluster.add("four")
@@ -122,8 +123,13 @@ def test_training_goes_on_on_another_machine(
     assert result["run_folder"] == str(folder)
     assert result["agent_steps"] >= AGENT_STEPS
     assert sum(result["steps_per_worker"].values()) == result["agent_steps"]
-    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert interrupted.status == "FAILED"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines]
     assert steps == sorted(steps)
+    timed = [line for line in lines if "seconds" in line]
+    sittings = [later for earlier, later in pairwise(timed) if later["seconds"] < earlier["seconds"]]
+    assert [line["step"] > FIRST_CHECKPOINT for line in sittings] == [True]  # not from the start, and once
     assert result["encoder_sha256_before"] == result["encoder_sha256_after"]
     assert client.get_run(result["run_id"]).info.status == "FINISHED"
     runs = client.search_runs([client.get_run(result["run_id"]).info.experiment_id], "tags.stage = 'train'")
