@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +29,7 @@ from pipeline.lanes import Lane, LaneResult, LaneWriter
 from pipeline.policies import BehaviourFactory
 from pipeline.protocols import protocol_rules
 from pipeline.schema import EPISODES_SCHEMA, ROW_GROUP_ROWS, Preprocess
-from pipeline.storage import is_object_store, locate, reason, require_bucket, shown
+from pipeline.storage import locate, reason, require_bucket, shown, writing_told
 from pipeline.store import (
     FramesDataset,
     assign_splits,
@@ -37,6 +38,8 @@ from pipeline.store import (
     require_written,
     write_manifest,
 )
+
+log = logging.getLogger(__name__)
 
 LANE_ROWS = 4096  # a lane has at least so many rows
 MAX_LANES = 256
@@ -99,13 +102,15 @@ def collect(
         workers += [_Collector.remote(place, preprocess, with_ram) for _ in range(num_workers)]  # type: ignore[attr-defined]
         ray.get([worker.ready.remote() for worker in workers])
         start = time.perf_counter()
-        results, rows_per_worker = _run_shards(workers, plan_shards(frames, seed), behaviour, on_rows)
-        settings = {**played_by, "seed": seed, "lanes": len(results)}
-        require_written(filesystem, root, (result.file for result in results), out)
-        _finish(filesystem, root, preprocess, results, seed=seed, with_ram=with_ram, collection=settings)
-    except BaseException as error:
-        kept = _tidy(workers, filesystem, root)
-        _raise_if_unwritable(error, filesystem, out, kept)
+        with writing_told(filesystem, out), _full_disk_told(out):
+            results, rows_per_worker = _run_shards(workers, plan_shards(frames, seed), behaviour, on_rows)
+            require_written(filesystem, root, (result.file for result in results), out)
+            settings = {**played_by, "seed": seed, "lanes": len(results)}
+            _finish(filesystem, root, preprocess, results, seed=seed, with_ram=with_ram, collection=settings)
+    except BaseException:
+        for worker in workers:
+            ray.kill(worker)  # first, so that none writes into what is deleted
+        _delete(filesystem, root, out)
         raise
     return Collected(FramesDataset.open(out), time.perf_counter() - start, rows_per_worker)
 
@@ -163,26 +168,24 @@ def _require_dataset_to_replace(filesystem: pafs.FileSystem, root: str, out: str
         raise UserError(f"{shown(out)} holds other things than a dataset ({sorted(names)[:3]}); name another folder")
 
 
-def _tidy(workers: list[Any], filesystem: pafs.FileSystem, root: str) -> str:
-    """Ends the workers and deletes what they wrote; says what is left of it."""
-    with contextlib.suppress(Exception):  # Ray may be gone already.
-        for worker in workers:
-            ray.kill(worker)
+def _delete(filesystem: pafs.FileSystem, root: str, out: str) -> None:
     try:
         filesystem.delete_dir(root)
     except OSError as error:
-        return f"what was written is left there without a manifest: it cannot be deleted ({reason(error)})"
-    return "nothing was kept"
+        log.warning("what was written to %s is left there, without a manifest (%s)", shown(out), reason(error))
 
 
-def _raise_if_unwritable(error: BaseException, filesystem: pafs.FileSystem, out: str, kept: str) -> None:
-    cause: Any = getattr(error, "cause", error)
-    if not isinstance(cause, OSError):
-        return
-    if cause.errno == errno.ENOSPC or "No space left" in str(cause):
-        raise UserError(f"the disk of {shown(out)} is full; free space or name another folder ({kept})") from None
-    if is_object_store(filesystem):
-        raise UserError(f"cannot write to {shown(out)} ({reason(cause)}); {kept}") from None
+@contextlib.contextmanager
+def _full_disk_told(out: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        cause: Any = getattr(error, "cause", error)
+        if isinstance(cause, OSError) and (cause.errno == errno.ENOSPC or "No space left" in str(cause)):
+            raise UserError(
+                f"the disk of {shown(out)} is full; free space or name another folder (nothing was kept)"
+            ) from None
+        raise
 
 
 def _run_shards(

@@ -7,11 +7,10 @@ and `meta/manifest.json` written last. An unfinished folder is taken up where it
 
 from __future__ import annotations
 
-import contextlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from pipeline.errors import UserError
 from pipeline.order import RowRange
 from pipeline.schema import MANIFEST_FILE
 from pipeline.source import Place, read_rows
-from pipeline.storage import hash_file, locate, reason, shown, write_atomically
+from pipeline.storage import hash_file, locate, reason, shown, write_atomically, writing_told
 from pipeline.store import FileEntry, FramesDataset, clear
 
 LATENTS_VERSION = 1
@@ -94,7 +93,7 @@ def encode_dataset(
     plan = {"version": LATENTS_VERSION, "dataset": dataset.digest, "encoder": encoder.sha256, "parts": len(parts)}
     filesystem, root = locate(out)
     _make_room(filesystem, root, out, plan, overwrite=overwrite)
-    with _told(out):
+    with writing_told(filesystem, out):
         waiting = [p for p in parts if filesystem.get_file_info(f"{root}/{p.name}").type != pafs.FileType.File]
         on_frames(sum(part.rows.num_rows for part in parts if part not in waiting))
         began = time.perf_counter()
@@ -107,22 +106,6 @@ def encode_dataset(
         write_atomically(filesystem, f"{root}/{MANIFEST_FILE}", json.dumps(manifest, indent=1).encode())
     now = sum(part.rows.num_rows for part in waiting)
     return Encoded(out, dataset.num_frames, transitions, now, seconds)
-
-
-@contextlib.contextmanager
-def _told(out: str) -> Iterator[None]:
-    """Says in a line what the place of the latents did not do."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise UserError(
-            f"a file written by a worker is not at {shown(out)} as this machine sees it ({error}); "
-            "name a folder that every node sees, or s3://BUCKET/PATH"
-        ) from None
-    except OSError as error:
-        raise UserError(
-            f"cannot finish the latents at {shown(out)} ({reason(error)}); the same command goes on with them"
-        ) from None
 
 
 def plan_parts(dataset: FramesDataset) -> list[Part]:
@@ -246,10 +229,8 @@ class _PartEncoder:
         filesystem, root = self._target
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-        try:
+        with writing_told(filesystem, root):
             write_atomically(filesystem, f"{root}/{part.name}", sink.getvalue().to_pybytes())
-        except OSError as error:
-            raise UserError(f"cannot write {part.name} of the latents ({reason(error)})") from None
 
 
 def _unpacked(blob: bytes, sha256: str) -> Encoder:

@@ -7,9 +7,11 @@ process that reads or writes takes the keys from its own environment: they trave
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
+from collections.abc import Iterator
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -99,6 +101,34 @@ def require_bucket(filesystem: pafs.FileSystem, path: str, address: str) -> None
     except OSError as error:
         raise UserError(f"cannot use {shown(address)} ({reason(error)})") from None
     raise UserError(f"there is no bucket {bucket!r} for {shown(address)}; make it, or name another")
+
+
+@contextlib.contextmanager
+def writing_told(filesystem: pafs.FileSystem, address: str) -> Iterator[None]:
+    """Says in one line what kept workers from writing.
+
+    Raises:
+        UserError: A folder is not the same on all nodes, or a store refuses or does not answer.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause = getattr(error, "cause", None) or error  # Ray's wrappers hold what the worker raised
+        if isinstance(cause, FileNotFoundError):
+            raise not_shared(address, reason(cause)) from None
+        if isinstance(cause, OSError) and is_object_store(filesystem):
+            raise UserError(
+                f"cannot write to {shown(address)} ({reason(cause)}); mend that, and run it again"
+            ) from None
+        raise
+
+
+def not_shared(address: str, what: str) -> UserError:
+    """The line about a folder that is another one on another node."""
+    return UserError(
+        f"{shown(address)} is not the same folder on all nodes ({what}); name one that every node sees, or for data "
+        "s3://BUCKET/PATH"
+    )
 
 
 def write_atomically(filesystem: pafs.FileSystem, path: str, content: bytes) -> None:

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
 from pipeline.schema import EPISODES_FILE, EPISODES_SCHEMA, MANIFEST_FILE, SCHEMA_VERSION, Preprocess, frames_schema
-from pipeline.storage import hash_file, locate, reason, require_bucket, shown, write_atomically
+from pipeline.storage import hash_file, locate, not_shared, reason, require_bucket, shown, write_atomically
 
 VALIDATION_SHARE = 0.1
 
@@ -230,10 +230,7 @@ def require_written(filesystem: pafs.FileSystem, root: str, files: Iterable[File
     """
     for file in files:
         if filesystem.get_file_info(f"{root}/{file.name}").size != file.bytes:
-            raise UserError(
-                f"{file.name}, written by a worker, is not at {shown(address)} as this machine sees it; "
-                "name a folder that every node sees, or s3://BUCKET/PATH"
-            )
+            raise not_shared(address, f"{file.name}, written by a worker, is not there")
 
 
 def write_manifest(

@@ -78,8 +78,16 @@ class Stages:
         """Starts a stage."""
         return self._submit(*words, is_watched=False)
 
+    def refused(self, *words: object) -> str:
+        """The one line that a stage complains with."""
+        job = self.start(*words)
+        self.cluster.wait_for(lambda: job.status in ("FAILED", "SUCCEEDED"), STAGE_WITHIN_S)
+        (line,) = (line for line in job.log().splitlines() if line.startswith("error: "))
+        return line
+
     def _submit(self, *words: object, is_watched: bool) -> Job:
-        places = [] if words[0] == "data" else ["--home", self.home, "--tracking-uri", self.tracking.address]
+        places = [] if words[0] == "data" else ["--tracking-uri", self.tracking.address]
+        places += [] if words[0] == "data" or "--home" in words else ["--home", self.home]
         options = ["--json", "--secrets-file", self.cluster.secrets_file, *(["--watch"] if is_watched else [])]
         command = ["submit", *options, "--address", self.cluster.dashboard, "--", *words, *places, "--json"]
         printed = latentrl(self.cluster, *command)

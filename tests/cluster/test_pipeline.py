@@ -168,3 +168,12 @@ def test_a_machine_that_has_nothing_else_plays_the_same_games(
     )
     printed = on_a_bare_machine(["python", "-c", script, mlflow_server.address], mlflow_server.variables(), hidden)
     assert printed.split()[-1] == pretrained.result["sha256"] == verify(Path(pretrained.result["bundle"]))
+
+
+def test_a_folder_of_one_machine_is_told(stages: Stages, cluster: RayCluster, collected: Job) -> None:
+    own = cluster.here / "work"
+    collect = ("collect", "--game", "pong", "--frames", 20_000, "--num-workers", 3, "--out", own / "frames")
+    assert f"{own / 'frames'} is not the same folder on all nodes" in stages.refused(*collect)
+    pretrain = ("pretrain", "--data", collected.result["dataset"], "--register", "other", "--home", own / "home")
+    settings = [word for setting in (*SMALL_ENCODER, "train.num_workers=2") for word in ("--set", setting)]
+    assert "is not the same folder on all nodes" in stages.refused(*pretrain, *settings)
