@@ -25,7 +25,7 @@ test: setup check
 
 test-cluster: $(CLUSTER_STAMP)
 	@sh tests/cluster/need_services.sh
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=0 tests/cluster
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=20 $(if $(SHORT),-m 'not long') tests/cluster
 
 $(CLUSTER_STAMP): $(STAMP)
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev,bench,cluster]'

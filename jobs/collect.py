@@ -15,6 +15,7 @@ from pipeline.errors import UserError
 from pipeline.policies import RANDOM_POLICIES, BehaviourFactory, random_policy
 from pipeline.protocols import RESOLUTIONS
 from pipeline.schema import Preprocess
+from pipeline.storage import shown
 
 
 def run(
@@ -101,7 +102,7 @@ def _behaviour(
 def _described(collected: Collected, out: str) -> dict[str, Any]:
     dataset = collected.dataset
     return {
-        "dataset": out if "://" in out else str(Path(out).expanduser().absolute()),
+        "dataset": shown(out) if "://" in out else str(Path(out).expanduser().absolute()),
         "digest": dataset.digest,
         "frames": dataset.num_frames,
         "episodes": dataset.num_episodes,

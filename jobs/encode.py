@@ -11,6 +11,7 @@ from jobs.workspace import Workspace
 from pipeline.encode import encode_dataset
 from pipeline.errors import UserError
 from pipeline.registry import resolve
+from pipeline.storage import shown
 from pipeline.store import FramesDataset
 
 
@@ -41,7 +42,7 @@ def run(workspace: Workspace, data: str, encoder: str, out: str, *, overwrite: b
     ):
         encoded = encode_dataset(dataset, resolved.path, out, overwrite=overwrite, on_frames=bar.advance)
     return {
-        "dataset": out,
+        "dataset": shown(out),
         "frames": encoded.frames,
         "transitions": encoded.transitions,
         "frames_per_s": round(encoded.frames_now / max(encoded.seconds, 1e-9), 1),

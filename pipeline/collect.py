@@ -8,6 +8,7 @@ of workers. A *shard*, the unit of work, is a few lanes stepped together.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -25,7 +26,17 @@ from pipeline.errors import Terminated, UserError
 from pipeline.lanes import Lane, LaneResult
 from pipeline.policies import BehaviourFactory
 from pipeline.schema import EPISODES_SCHEMA, Preprocess
-from pipeline.store import FramesDataset, assign_splits, episode_hash, locate, write_manifest
+from pipeline.storage import locate, reason, require_bucket, shown, writing_told
+from pipeline.store import (
+    FramesDataset,
+    assign_splits,
+    clear,
+    episode_hash,
+    require_written,
+    write_manifest,
+)
+
+log = logging.getLogger(__name__)
 
 LANE_ROWS = 4096  # a lane has at least so many rows
 MAX_LANES = 256
@@ -82,19 +93,20 @@ def collect(
     """
     require_room(out, frames, overwrite=overwrite)
     filesystem, root = _make_room(out, overwrite=overwrite)
-    crew = Crew(out, preprocess, num_workers, with_ram=with_ram)
+    crew = Crew((filesystem, root), preprocess, num_workers, with_ram=with_ram)
     try:
         crew.wait_until_ready()
         start = time.perf_counter()
-        with full_disk_told(out):
+        with writing_told(filesystem, out), full_disk_told(out):
             results = crew.play(plan_shards(frames, seed), behaviour, on_rows)
+            require_written(filesystem, root, (result.file for result in results), out)
             settings = {**played_by, "seed": seed, "lanes": len(results)}
             _finish(filesystem, root, preprocess, results, seed=seed, with_ram=with_ram, collection=settings)
     except BaseException as error:
         crew.stop()  # first, so that no worker writes into what is deleted
-        filesystem.delete_dir(root)
+        _delete(filesystem, root, out)
         if isinstance(error, Terminated):
-            raise Terminated(f"terminated; nothing of {out} was kept: run the same command again") from None
+            raise Terminated(f"terminated; nothing of {shown(out)} was kept: run the same command again") from None
         raise
     crew.stop()
     return Collected(FramesDataset.open(out), time.perf_counter() - start, crew.rows_per_worker)
@@ -109,15 +121,16 @@ def require_room(out: str, frames: int, *, overwrite: bool) -> None:
     if frames < 1:
         raise UserError(f"--frames is {frames}; ask for at least 1")
     filesystem, root = locate(out)
+    require_bucket(filesystem, root, out)
     try:
         info = filesystem.get_file_info(root)
         if info.type == pafs.FileType.File:
-            raise UserError(f"{out} is a file; name a folder for the dataset")
+            raise UserError(f"{shown(out)} is a file; name a folder for the dataset")
         if isinstance(filesystem, pafs.LocalFileSystem):
             _require_writable(Path(root), out)
         if info.type == pafs.FileType.Directory and filesystem.get_file_info(pafs.FileSelector(root)):
             if not overwrite:
-                raise UserError(f"{out} exists and is not empty; add --overwrite or name another folder")
+                raise UserError(f"{shown(out)} exists and is not empty; add --overwrite or name another folder")
             _require_dataset_to_replace(filesystem, root, out)
     except OSError as error:
         raise _unwritable(out, error) from None
@@ -126,7 +139,7 @@ def require_room(out: str, frames: int, *, overwrite: bool) -> None:
 def _require_writable(root: Path, out: str) -> None:
     nearest = next(path for path in (root, *root.parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write to {out} ({nearest} is no writable folder); name another one")
+        raise UserError(f"cannot write to {shown(out)} ({nearest} is no writable folder); name another one")
 
 
 def _make_room(out: str, *, overwrite: bool) -> tuple[pafs.FileSystem, str]:
@@ -134,7 +147,7 @@ def _make_room(out: str, *, overwrite: bool) -> tuple[pafs.FileSystem, str]:
     filesystem, root = locate(out)
     try:
         if overwrite and filesystem.get_file_info(root).type == pafs.FileType.Directory:
-            filesystem.delete_dir_contents(root)
+            clear(filesystem, root)
         if isinstance(filesystem, pafs.LocalFileSystem):
             Path(root, "data").mkdir(parents=True)
         else:
@@ -147,14 +160,21 @@ def _make_room(out: str, *, overwrite: bool) -> tuple[pafs.FileSystem, str]:
 
 
 def _unwritable(out: str, error: OSError) -> UserError:
-    return UserError(f"cannot write to {out} ({error.strerror or error}); name a writable folder")
+    return UserError(f"cannot write to {shown(out)} ({reason(error)}); mend that, or name another place")
 
 
 def _require_dataset_to_replace(filesystem: pafs.FileSystem, root: str, out: str) -> None:
     """--overwrite replaces a dataset, finished or not, and never anything else."""
     names = {entry.base_name for entry in filesystem.get_file_info(pafs.FileSelector(root))}
     if not names <= {"data", "meta"}:
-        raise UserError(f"{out} holds other things than a dataset ({sorted(names)[:3]}); name another folder")
+        raise UserError(f"{shown(out)} holds other things than a dataset ({sorted(names)[:3]}); name another folder")
+
+
+def _delete(filesystem: pafs.FileSystem, root: str, out: str) -> None:
+    try:
+        filesystem.delete_dir(root)
+    except OSError as error:
+        log.warning("what was written to %s is left there, without a manifest (%s)", shown(out), reason(error))
 
 
 def _finish(

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.fs as pafs
 import ray
 
 from pipeline.errors import UserError
 from pipeline.lanes import Lane, LaneResult, LaneWriter, play_lanes
 from pipeline.policies import BehaviourFactory
 from pipeline.schema import Preprocess
-from pipeline.store import locate
 
 MAX_TRIES = 3  # of a shard, and of a worker's start
 
@@ -40,9 +40,11 @@ class Crew:
         rows_per_worker: Rows that count, by worker.
     """
 
-    def __init__(self, out: str, preprocess: Preprocess, num_workers: int, *, with_ram: bool) -> None:
-        """Starts the workers."""
-        self._arguments = (out, preprocess, with_ram)
+    def __init__(
+        self, place: tuple[pafs.FileSystem, str], preprocess: Preprocess, num_workers: int, *, with_ram: bool
+    ) -> None:
+        """Starts the workers; `place` is the root of the dataset."""
+        self._arguments = (place, preprocess, with_ram)
         self._workers: dict[int, Any] = {}
         self._starting: dict[Any, int] = {}
         self._playing: dict[Any, _Try] = {}
@@ -130,8 +132,8 @@ class Crew:
 class _Collector:
     """A worker: plays the lanes of a shard and writes their files."""
 
-    def __init__(self, out: str, preprocess: Preprocess, with_ram: bool) -> None:
-        self._filesystem, self._root = locate(out)
+    def __init__(self, place: tuple[pafs.FileSystem, str], preprocess: Preprocess, with_ram: bool) -> None:
+        self._filesystem, self._root = place
         self._preprocess = preprocess
         self._with_ram = with_ram
         pa.array(

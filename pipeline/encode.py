@@ -2,8 +2,7 @@
 
 One row a transition, in the columns obs, new_obs, actions, rewards, terminateds, truncateds, eps_id, t; latents are
 single and standardised, stacking is the reader's business. The layout is that of a frames dataset: `data/*.parquet`,
-and `meta/manifest.json` written last. An unfinished folder is taken up where it was left: each file appears whole, by
-rename.
+and `meta/manifest.json` written last. An unfinished folder is taken up where it was left: each file appears whole.
 """
 
 from __future__ import annotations
@@ -31,7 +30,8 @@ from pipeline.errors import UserError
 from pipeline.order import RowRange
 from pipeline.schema import MANIFEST_FILE
 from pipeline.source import Place, read_rows
-from pipeline.store import FileEntry, FramesDataset, hash_file, locate, write_atomically
+from pipeline.storage import hash_file, locate, reason, shown, write_atomically, writing_told
+from pipeline.store import FileEntry, FramesDataset, clear
 
 LATENTS_VERSION = 1
 PLAN_FILE = "meta/plan.json"
@@ -93,16 +93,17 @@ def encode_dataset(
     plan = {"version": LATENTS_VERSION, "dataset": dataset.digest, "encoder": encoder.sha256, "parts": len(parts)}
     filesystem, root = locate(out)
     _make_room(filesystem, root, out, plan, overwrite=overwrite)
-    waiting = [part for part in parts if filesystem.get_file_info(f"{root}/{part.name}").type != pafs.FileType.File]
-    on_frames(sum(part.rows.num_rows for part in parts if part not in waiting))
-    began = time.perf_counter()
-    _encode_parts(dataset, bundle_path, encoder.sha256, (filesystem, root), waiting, on_frames)
-    seconds = time.perf_counter() - began
-    files = [_entry(filesystem, root, part) for part in parts]
-    transitions = sum(file.rows for file in files)
-    manifest = {**plan, "z_dim": encoder.z_dim, "frames": dataset.num_frames, "transitions": transitions}
-    manifest |= {"preprocess": asdict(dataset.preprocess), "files": [asdict(file) for file in files]}
-    write_atomically(filesystem, f"{root}/{MANIFEST_FILE}", json.dumps(manifest, indent=1).encode())
+    with writing_told(filesystem, out):
+        waiting = [p for p in parts if filesystem.get_file_info(f"{root}/{p.name}").type != pafs.FileType.File]
+        on_frames(sum(part.rows.num_rows for part in parts if part not in waiting))
+        began = time.perf_counter()
+        _encode_parts(dataset, bundle_path, encoder.sha256, (filesystem, root), waiting, on_frames)
+        seconds = time.perf_counter() - began
+        files = [_entry(filesystem, root, part) for part in parts]
+        transitions = sum(file.rows for file in files)
+        manifest = {**plan, "z_dim": encoder.z_dim, "frames": dataset.num_frames, "transitions": transitions}
+        manifest |= {"preprocess": asdict(dataset.preprocess), "files": [asdict(file) for file in files]}
+        write_atomically(filesystem, f"{root}/{MANIFEST_FILE}", json.dumps(manifest, indent=1).encode())
     now = sum(part.rows.num_rows for part in waiting)
     return Encoded(out, dataset.num_frames, transitions, now, seconds)
 
@@ -125,30 +126,30 @@ def _make_room(filesystem: pafs.FileSystem, root: str, out: str, plan: dict[str,
     try:
         entries = filesystem.get_file_info(pafs.FileSelector(root, allow_not_found=True))
         if filesystem.get_file_info(root).type == pafs.FileType.File:
-            raise UserError(f"{out} is a file; name a folder for the latents")
+            raise UserError(f"{shown(out)} is a file; name a folder for the latents")
         if entries and not _is_begun(filesystem, root, out, plan, overwrite=overwrite):
-            filesystem.delete_dir_contents(root)
+            clear(filesystem, root)
         filesystem.create_dir(f"{root}/data", recursive=True)
         filesystem.create_dir(f"{root}/meta", recursive=True)
         write_atomically(filesystem, f"{root}/{PLAN_FILE}", json.dumps(plan).encode())
     except OSError as error:
-        raise UserError(f"cannot write to {out} ({error.strerror or error}); name a writable folder") from None
+        raise UserError(f"cannot write to {shown(out)} ({reason(error)}); mend that, or name another place") from None
 
 
 def _is_begun(filesystem: pafs.FileSystem, root: str, out: str, plan: dict[str, Any], *, overwrite: bool) -> bool:
     """Whether a folder that is not empty holds the beginning of this very dataset; refuses what it may not replace."""
     found = _read_json(filesystem, f"{root}/{PLAN_FILE}")
     if found is None:
-        raise UserError(f"{out} is not empty and holds no dataset of latents; name another folder")
+        raise UserError(f"{shown(out)} is not empty and holds no dataset of latents; name another folder")
     if overwrite:
         return False
     if _read_json(filesystem, f"{root}/{MANIFEST_FILE}") is not None:
-        raise UserError(f"{out} exists; add --overwrite or name another folder")
+        raise UserError(f"{shown(out)} exists; add --overwrite or name another folder")
     if found != plan:
         both = "; ".join(
             f"{key}: there {found.get(key)!r}, now {plan[key]!r}" for key in plan if found.get(key) != plan[key]
         )
-        raise UserError(f"{out} was begun with something else ({both}); add --overwrite or name another folder")
+        raise UserError(f"{shown(out)} was begun with something else ({both}); add --overwrite or name another folder")
     return True
 
 
@@ -226,9 +227,10 @@ class _PartEncoder:
 
     def _write(self, part: Part, table: pa.Table) -> None:
         filesystem, root = self._target
-        path = f"{root}/{part.name}"
-        pq.write_table(table, f"{path}.tmp", filesystem=filesystem, compression="zstd", write_page_checksum=True)
-        filesystem.move(f"{path}.tmp", path)
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+        with writing_told(filesystem, root):
+            write_atomically(filesystem, f"{root}/{part.name}", sink.getvalue().to_pybytes())
 
 
 def _unpacked(blob: bytes, sha256: str) -> Encoder:

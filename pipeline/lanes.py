@@ -15,7 +15,8 @@ from pipeline.atari import Step, make_vector
 from pipeline.policies import BehaviourFactory
 from pipeline.protocols import protocol_rules
 from pipeline.schema import RAM_BYTES, ROW_GROUP_ROWS, Preprocess, frames_schema
-from pipeline.store import FileEntry, hash_file
+from pipeline.storage import hash_file
+from pipeline.store import FileEntry
 
 _EPISODES_PER_LANE = 1 << 32
 _PAGE_BYTES = 8 << 20

@@ -16,6 +16,7 @@ from ray.data.datasource import Datasource, ReadTask
 
 from pipeline.errors import UserError
 from pipeline.order import RowRange
+from pipeline.storage import reason
 from pipeline.store import FramesDataset
 
 
@@ -101,9 +102,8 @@ def read_rows(place: Place, rows: RowRange, columns: Sequence[str]) -> pa.Table:
         with place.filesystem.open_input_file(f"{place.root}/{rows.file}") as source:
             return _slice(pq.ParquetFile(source, page_checksum_verification=True), rows, columns)
     except (pa.ArrowException, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{rows.file} of dataset {place.uri} is damaged or unreadable ({reason}); "
+            f"{rows.file} of dataset {place.uri} is damaged or unreadable ({reason(error)}); "
             f"`latentrl data check {place.uri}` names every bad file"
         ) from None
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,10 +21,9 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
 from pipeline.schema import EPISODES_FILE, EPISODES_SCHEMA, MANIFEST_FILE, SCHEMA_VERSION, Preprocess, frames_schema
-from pipeline.server import mask
+from pipeline.storage import hash_file, locate, not_shared, reason, require_bucket, shown, write_atomically
 
 VALIDATION_SHARE = 0.1
-_HASH_CHUNK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -38,53 +36,9 @@ class FileEntry:
     sha256: str
 
 
-def locate(address: str) -> tuple[pafs.FileSystem, str]:
-    """The file system and the path inside it of a local path or any `pyarrow.fs` address (s3://, gs://, file://).
-
-    Raises:
-        UserError: Not an address that pyarrow understands.
-    """
-    try:
-        if "://" in address:
-            filesystem, path = pafs.FileSystem.from_uri(address)
-            return filesystem, path.rstrip("/")
-        return pafs.LocalFileSystem(), _absolute(address)
-    except (pa.ArrowException, ValueError, OSError) as error:
-        raise UserError(f"cannot use {shown(address)!r} as a place for data ({shown(_first_line(error))})") from None
-
-
-def shown(address: str) -> str:
-    """An address without the secrets it may hold."""
-    return mask(address) if "://" in address else address
-
-
-def _absolute(path: str) -> str:
-    return os.path.abspath(os.path.expanduser(path)).rstrip("/")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def dataset_digest(files: tuple[FileEntry, ...]) -> str:
     """Digest of a dataset's content: sha256 over the sha256 of its files, in order (64 hex digits)."""
     return hashlib.sha256("".join(f"{f.name} {f.sha256}\n" for f in files).encode()).hexdigest()
-
-
-def hash_file(filesystem: pafs.FileSystem, path: str) -> str:
-    """sha256 of a file's bytes (64 hex digits), read in chunks."""
-    digest = hashlib.sha256()
-    with filesystem.open_input_stream(path) as stream:
-        while chunk := stream.read(_HASH_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def write_atomically(filesystem: pafs.FileSystem, path: str, content: bytes) -> None:
-    """Writes a whole file so that a reader sees either nothing or all of it."""
-    with filesystem.open_output_stream(f"{path}.tmp") as stream:
-        stream.write(content)
-    filesystem.move(f"{path}.tmp", path)
 
 
 def episode_hash(game: str, seed: int, episode_id: int) -> float:
@@ -168,7 +122,7 @@ class FramesDataset:
             with self.filesystem.open_input_stream(path) as source:
                 content = source.read()
         except OSError as error:
-            raise UserError(f"cannot read {EPISODES_FILE} of dataset {self.uri} ({_first_line(error)})") from None
+            raise UserError(f"cannot read {EPISODES_FILE} of dataset {self.uri} ({reason(error)})") from None
         if hashlib.sha256(content).hexdigest() != self.episodes_sha256:
             raise UserError(f"{EPISODES_FILE} of dataset {self.uri} has changed bytes (sha256 differs)")
         return pq.read_table(pa.BufferReader(content), schema=EPISODES_SCHEMA)
@@ -208,6 +162,12 @@ class FramesDataset:
         return []
 
     def _file_problems(self, file: FileEntry) -> Iterator[str]:
+        try:
+            yield from self._size_and_sum_problems(file)
+        except OSError as error:
+            raise UserError(f"cannot read {file.name} of dataset {self.uri} ({reason(error)})") from None
+
+    def _size_and_sum_problems(self, file: FileEntry) -> Iterator[str]:
         info = self.filesystem.get_file_info(self.path(file))
         if info.type != pafs.FileType.File:
             yield f"{file.name} is missing"
@@ -223,13 +183,13 @@ class FramesDataset:
             with self.filesystem.open_input_file(self.path(file)) as source:
                 schema = pq.read_schema(source)
         except (pa.ArrowException, OSError) as error:
-            yield f"{file.name} is not a Parquet file ({_first_line(error)})"
+            yield f"{file.name} is not a Parquet file ({reason(error)})"
             return
         if not schema.equals(self.schema, check_metadata=True):
             held, wanted = schema.metadata or {}, self.schema.metadata
             differing = sorted(key.decode() for key in wanted if held.get(key) != wanted[key]) or ["columns"]
-            shown = {name: held.get(name.encode(), b"none").decode() for name in differing}
-            yield f"{file.name} has another schema than the manifest says ({shown})"
+            values = {name: held.get(name.encode(), b"none").decode() for name in differing}
+            yield f"{file.name} has another schema than the manifest says ({values})"
 
     def verify(self) -> list[str]:
         """Every problem of the dataset, each naming its file; an empty list when it is sound.
@@ -255,6 +215,24 @@ class FramesDataset:
         return problems
 
 
+def clear(filesystem: pafs.FileSystem, root: str) -> None:
+    """Empties a dataset's folder, its manifest first: what is left of it at any moment is an unfinished dataset."""
+    if filesystem.get_file_info(f"{root}/{MANIFEST_FILE}").type == pafs.FileType.File:
+        filesystem.delete_file(f"{root}/{MANIFEST_FILE}")
+    filesystem.delete_dir_contents(root)
+
+
+def require_written(filesystem: pafs.FileSystem, root: str, files: Iterable[FileEntry], address: str) -> None:
+    """Finds out that workers on other machines wrote to disks of their own.
+
+    Raises:
+        UserError: A file is not there as this process sees it.
+    """
+    for file in files:
+        if filesystem.get_file_info(f"{root}/{file.name}").size != file.bytes:
+            raise not_shared(address, f"{file.name}, written by a worker, is not there")
+
+
 def write_manifest(
     filesystem: pafs.FileSystem,
     root: str,
@@ -265,7 +243,7 @@ def write_manifest(
     has_ram: bool,
     collection: dict[str, Any],
 ) -> None:
-    """Finishes a dataset: the table of episodes, then the manifest, each by atomic rename."""
+    """Finishes a dataset: the table of episodes, then the manifest, each appearing whole."""
     filesystem.create_dir(f"{root}/meta", recursive=True)
     sink = pa.BufferOutputStream()
     pq.write_table(episodes, sink)
@@ -289,6 +267,7 @@ def _read_manifest(filesystem: pafs.FileSystem, root: str, uri: str) -> dict[str
     try:
         info = filesystem.get_file_info(root)
         if info.type == pafs.FileType.NotFound:
+            require_bucket(filesystem, root, uri)
             raise UserError(f"there is no dataset at {uri}; make one with `latentrl collect --out {uri}`")
         if info.type == pafs.FileType.File:
             raise UserError(f"{uri} is a file, not a dataset; name the folder that `latentrl collect` wrote")
@@ -297,7 +276,7 @@ def _read_manifest(filesystem: pafs.FileSystem, root: str, uri: str) -> dict[str
         with filesystem.open_input_stream(f"{root}/{MANIFEST_FILE}") as stream:
             manifest = json.loads(stream.read())
     except OSError as error:
-        raise UserError(f"cannot read dataset {uri} ({_first_line(error)}); check the address and its access") from None
+        raise UserError(f"cannot read dataset {uri} ({reason(error)}); check the address and its access") from None
     except ValueError:
         raise UserError(f"{MANIFEST_FILE} of dataset {uri} is not JSON; collect the dataset again") from None
     version = manifest.get("schema_version") if isinstance(manifest, dict) else None
@@ -330,7 +309,7 @@ def _frames_problems(dataset: FramesDataset, file: FileEntry, episodes: pa.Table
             for _ in parquet.iter_batches(columns=["obs"]):
                 pass  # decoding every page checks its checksum
     except (pa.ArrowException, OSError) as error:
-        yield f"{file.name} cannot be read ({_first_line(error)})"
+        yield f"{file.name} cannot be read ({reason(error)})"
         return
     yield from _episode_problems(file, table, episodes)
 

@@ -35,7 +35,8 @@ from pipeline.mailbox import Mailbox
 from pipeline.models.latent import LatentModel, ModelConfig, ModelSettings
 from pipeline.order import ReadingOrder
 from pipeline.pretrain_config import PretrainConfig
-from pipeline.store import FramesDataset, locate, write_atomically
+from pipeline.storage import locate, reason, write_atomically
+from pipeline.store import FramesDataset
 
 __all__ = ["PretrainConfig", "PretrainResult", "cpus_needed", "num_steps", "pretrain"]
 
@@ -180,7 +181,7 @@ def _claim(filesystem: pafs.FileSystem, folder: str, record: dict[str, Any], nam
         filesystem.create_dir(folder, recursive=True)
         write_atomically(filesystem, path, json.dumps(record, indent=1).encode())
     except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror or error}); name a writable folder") from None
+        raise UserError(f"cannot write to {folder} ({reason(error)}); name a writable folder") from None
 
 
 def _require_same(stored: dict[str, Any], record: dict[str, Any], folder: str) -> None:

@@ -19,7 +19,8 @@ from pipeline.errors import UserError
 from pipeline.lanes import Lane, LaneWriter, play_lanes
 from pipeline.policies import random_policy
 from pipeline.schema import MANIFEST_FILE
-from pipeline.store import FramesDataset, assign_splits, locate, write_manifest
+from pipeline.storage import locate
+from pipeline.store import FramesDataset, assign_splits, write_manifest
 
 BREAKOUT = preprocess_for("breakout")
 

@@ -11,7 +11,8 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from pipeline.schema import EPISODES_SCHEMA, ROW_GROUP_ROWS, Preprocess, frames_schema
-from pipeline.store import FileEntry, FramesDataset, assign_splits, episode_hash, hash_file, write_manifest
+from pipeline.storage import hash_file
+from pipeline.store import FileEntry, FramesDataset, assign_splits, episode_hash, write_manifest
 
 STAMP_BYTES = 4
 

@@ -1,4 +1,4 @@
-"""Services and a Ray cluster, started once for all tests of this folder that ask for them."""
+"""Services, started once for all tests of this folder that ask for them, and a Ray cluster for each file."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ def mlflow_server(postgres: Postgres, store: ObjectStore) -> Iterator[Mlflow]:
     server.remove()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster(store: ObjectStore, mlflow_server: Mlflow) -> Iterator[RayCluster]:
-    """Head, `one` and `two`, of one CPU each; every node has the keys of the store and of the tracking server."""
-    nodes = RayCluster({"one": 1, "two": 1}, {**store.variables(), **mlflow_server.variables()})
+    """A head on which only drivers run, and machines of one CPU each; keys and passwords lie in a file on each."""
+    secrets = {**store.keys_of(store.owner), **mlflow_server.variables()}
+    nodes = RayCluster(dict.fromkeys(("one", "two", "three"), 1), store.place(), secrets, head_cpus=0)
     nodes.start()
     yield nodes
     nodes.remove()

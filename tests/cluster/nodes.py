@@ -10,25 +10,29 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import shlex
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
-import psutil
 from programs import Program, answers, free_ports
 
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).resolve().parents[2]
 OBJECT_STORE_BYTES = 300 << 20
-ALIVE_WITHIN_S = 60.0
+SECRETS_FILE = "secrets.env"
+UNSHARE = [
+    *("unshare", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"),
+    *([] if os.geteuid() == 0 else ["--user", "--map-root-user"]),
+]
 
 
 class Node(Program):
@@ -58,14 +62,18 @@ class Node(Program):
         for folder in ("t", "work", "home"):
             (self.folder / folder).mkdir(parents=True)
 
+    def keep_secret(self, secrets: Mapping[str, str]) -> None:
+        """Puts a file of lines NAME=VALUE into the node's HOME that only its owner can read."""
+        path = self.folder / "home" / SECRETS_FILE
+        path.touch(mode=0o600)
+        path.write_text("".join(f"{name}={value!r}\n" for name, value in secrets.items()))
+
     def command(self) -> Sequence[str]:
         """Enters the namespaces, mounts the node's disk, hides the others' and starts Ray."""
         here, disks = shlex.quote(str(self.here)), shlex.quote(str(self.here.parent / "disks"))
         mounts = f"mount --bind {shlex.quote(str(self.folder))} {here} && mount -t tmpfs none {disks}"
         script = f"{mounts} && cd {here}/work && exec {shlex.join(self._ray_start())}"
-        as_root = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
-        namespaces = ["--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
-        return ["unshare", *as_root, *namespaces, "sh", "-c", script]
+        return [*UNSHARE, "sh", "-c", script]
 
     def _ray_start(self) -> list[str]:
         names = "dashboard-agent-listen-port dashboard-agent-grpc-port metrics-export-port runtime-env-agent-port"
@@ -89,12 +97,6 @@ class Node(Program):
             **self._variables,
         }
 
-    def entered(self) -> list[str]:
-        """What to put before a command so that it runs on this node."""
-        assert self.process is not None
-        (first,) = psutil.Process(self.process.pid).children()
-        return ["nsenter", f"--target={first.pid}", "--mount", "--pid"]
-
     def is_ready(self) -> bool:
         """Whether Ray says so on its output."""
         return "Ray runtime started." in self.log.read_text(errors="replace")
@@ -106,35 +108,67 @@ class Node(Program):
 
 
 class RayCluster:
-    """A head without work for others to do, and workers, with Ray's token asked for everywhere.
+    """A head and workers; Ray asks for its token everywhere.
 
     Args:
         workers: CPUs of each worker, by name.
-        variables: What every node has in its environment: addresses and credentials.
+        variables: What every node has in its environment: addresses.
+        secrets: What every node has in a file that only its owner can read: passwords and keys.
+        head_cpus: That the head offers.
     """
 
-    def __init__(self, workers: Mapping[str, int], variables: Mapping[str, str], *, head_cpus: int = 1) -> None:
+    def __init__(
+        self,
+        workers: Mapping[str, int],
+        variables: Mapping[str, str],
+        secrets: Mapping[str, str] | None = None,
+        *,
+        head_cpus: int = 1,
+    ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="latentrl-ray-"))
-        self.shared = self.folder / "shared"
-        for folder in (self.shared, self.folder / "here"):
+        self.shared, self.here = self.folder / "shared", self.folder / "here"
+        for folder in (self.shared, self.here):
             folder.mkdir()
-        self.token = secrets.token_hex(16)
+        self.secrets_file = self.here / "home" / SECRETS_FILE
+        self.token = token_hex(16)
+        self._variables, self._secrets = {**variables, **self.variables()}, dict(secrets or {})
         port, dashboard, client = free_ports(3)
         self.address = f"127.0.0.11:{port}"
         self.dashboard = f"http://127.0.0.11:{dashboard}"
-        variables = {**variables, **self.variables()}
         role = ["--head", f"--port={port}", f"--ray-client-server-port={client}"]
         role += ["--include-dashboard=true", "--dashboard-host=127.0.0.11", f"--dashboard-port={dashboard}"]
-        self.head = Node(self.folder, "head", "127.0.0.11", head_cpus, role, variables)
-        self.workers = {
-            name: Node(self.folder, name, f"127.0.0.{12 + index}", cpus, ["--address", self.address], variables)
-            for index, (name, cpus) in enumerate(workers.items())
-        }
+        self.nodes: dict[str, Node] = {}
+        self._add("head", head_cpus, role)
+        for name, cpus in workers.items():
+            self._add(name, cpus, ["--address", self.address])
+
+    def _add(self, name: str, cpus: int, role: Sequence[str]) -> Node:
+        ip = f"127.0.0.{11 + len(self.nodes)}"
+        node = self.nodes[name] = Node(self.folder, name, ip, cpus, role, self._variables)
+        node.keep_secret(self._secrets)
+        return node
+
+    def add(self, name: str, cpus: int = 1) -> Node:
+        """Starts another worker, with an empty disk."""
+        node = self._add(name, cpus, ["--address", self.address])
+        node.start()
+        self.wait_for(lambda: name in self.alive())
+        return node
+
+    def lose(self, name: str) -> None:
+        """Ends a node as a power cut does, and waits until Ray has noticed."""
+        self.nodes[name].kill()
+        self.wait_for(lambda: name not in self.alive())
 
     @property
-    def nodes(self) -> list[Node]:
-        """Head first."""
-        return [self.head, *self.workers.values()]
+    def head(self) -> Node:
+        """The node of the dashboard and of Ray's own records."""
+        return self.nodes["head"]
+
+    @property
+    def workers(self) -> dict[str, Node]:
+        """The other nodes, by name."""
+        return {name: node for name, node in self.nodes.items() if name != "head"}
 
     def variables(self) -> dict[str, str]:
         """What a user of the cluster has in the environment."""
@@ -145,16 +179,25 @@ class RayCluster:
         self.head.start()
         with ThreadPoolExecutor() as pool:
             list(pool.map(Node.start, self.workers.values()))
-        until = time.monotonic() + ALIVE_WITHIN_S
-        while not answers(f"{self.dashboard}/api/version") or len(self.alive()) < len(self.nodes):
-            assert time.monotonic() < until, f"{sorted(self.alive())} of {len(self.nodes)} nodes are there"
-            time.sleep(0.5)
+        self.wait_for(lambda: answers(f"{self.dashboard}/api/version") and self.alive().keys() == self.nodes.keys())
+
+    def wait_for(self, condition: Callable[[], bool], within_s: float = 300.0) -> None:
+        """Waits until something is so."""
+        until = time.monotonic() + within_s
+        while not condition():
+            assert time.monotonic() < until, f"not so within {within_s:.0f} s"
+            time.sleep(0.3)
 
     def alive(self) -> dict[str, str]:
         """The nodes that Ray believes to be there: id by name."""
-        by_ip = {node.ip: node.name for node in self.nodes}
-        rows = self.state("nodes")
-        return {by_ip[row["node_ip"]]: row["node_id"] for row in rows if row["state"] == "ALIVE"}
+        return {self._name(row): row["node_id"] for row in self.state("nodes") if row["state"] == "ALIVE"}
+
+    def name_of(self, node_id: str) -> str:
+        """The node of that id, also when it has gone."""
+        return next(self._name(row) for row in self.state("nodes") if row["node_id"] == node_id)
+
+    def _name(self, row: Mapping[str, Any]) -> str:
+        return next(name for name, node in self.nodes.items() if node.ip == row["node_ip"])
 
     def state(self, what: str) -> list[dict[str, Any]]:
         """All that Ray's state API lists of "nodes", "actors" or "tasks", those that have ended included."""
@@ -165,6 +208,31 @@ class RayCluster:
 
     def remove(self) -> None:
         """Kills all nodes and deletes their disks and the shared folder."""
-        for node in reversed(self.nodes):
+        for node in reversed(self.nodes.values()):
             node.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def on_a_bare_machine(command: Sequence[str], variables: Mapping[str, str], hidden: Sequence[Path]) -> str:
+    """Runs a command on a machine that has latentrl installed and nothing else.
+
+    Args:
+        command: What is run, in an empty working folder that is also its HOME.
+        variables: All that it has in its environment, but for HOME and PATH.
+        hidden: Folders that it does not see.
+
+    Returns:
+        Its standard output.
+    """
+    with tempfile.TemporaryDirectory(prefix="latentrl-bare-") as home:
+        mounts = [f"mount -t tmpfs none {shlex.quote(str(folder))}" for folder in hidden]
+        script = " && ".join([*mounts, f"exec {shlex.join(command)}"])
+        answer = subprocess.run(
+            [*UNSHARE, "sh", "-c", script],
+            cwd=home,
+            env={"PATH": f"{BIN}:/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": home, "TMPDIR": home, **variables},
+            capture_output=True,
+            text=True,
+        )
+        assert answer.returncode == 0, answer.stderr
+        return answer.stdout

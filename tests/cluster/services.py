@@ -155,6 +155,10 @@ class ObjectStore(Program):
             self.client().create_bucket(Bucket=self.bucket)
         self.client().put_object(Bucket=self.bucket, Key=key, Body=content)
 
+    def get(self, key: str) -> bytes:
+        """An object's content."""
+        return bytes(self.client().get_object(Bucket=self.bucket, Key=key)["Body"].read())
+
     def keys(self, prefix: str = "") -> list[str]:
         """Names of the objects below a prefix."""
         pages = self.client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
@@ -173,13 +177,15 @@ class ObjectStore(Program):
 
     def variables(self, keys: tuple[str, str] | None = None) -> dict[str, str]:
         """What a user of the store has in the environment."""
-        access, secret = keys or self.owner
-        return {
-            "AWS_ACCESS_KEY_ID": access,
-            "AWS_SECRET_ACCESS_KEY": secret,
-            "AWS_ENDPOINT_URL_S3": self.endpoint,
-            "AWS_DEFAULT_REGION": REGION,
-        }
+        return {**self.place(), **self.keys_of(keys or self.owner)}
+
+    def place(self) -> dict[str, str]:
+        """The part of it that is no secret."""
+        return {"AWS_ENDPOINT_URL_S3": self.endpoint, "AWS_DEFAULT_REGION": REGION}
+
+    def keys_of(self, keys: tuple[str, str]) -> dict[str, str]:
+        """The part of it that is."""
+        return {"AWS_ACCESS_KEY_ID": keys[0], "AWS_SECRET_ACCESS_KEY": keys[1]}
 
     def uri(self, path: str) -> str:
         """Address of a path in the bucket."""
