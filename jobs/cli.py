@@ -1,7 +1,7 @@
 """`latentrl STAGE`: arguments in, one stage's `run` called, a result out.
 
-Exit codes: 0 done; 1 a check found faults; 2 bad input (one line says what to do); 3 done, but the tracking server has
-not heard of it yet; 130 interrupted; 143 terminated, and what can be kept is.
+Exit codes: 0 done; 1 a check found faults, or a job that was watched has failed; 2 bad input (one line says what to
+do); 3 done, but the tracking server has not heard of it yet; 130 interrupted; 143 terminated, and what can be kept is.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from jobs.operations import add_operations
 from jobs.stages import add_stages
 from pipeline import disk
 from pipeline.errors import Terminated, TrackingPending, UserError
+from pipeline.secrets import load_secrets
 
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     termination.install()
     try:
+        load_secrets()
         result: dict[str, Any] = options.run(options)
     except UserError as error:
         return _complain(error, 2)
@@ -61,8 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.result is not None:
             _show(error.result, options.present, as_json=options.json)
         return _complain(error, 3)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(str(error) or "interrupted", file=sys.stderr)
         return 130
     except Terminated as ended:
         print(ended.line, file=sys.stderr)

@@ -17,9 +17,11 @@ import psutil
 import ray
 
 from jobs.watch import watched
-from jobs.workspace import Workspace
+from jobs.workspace import JOB_VARIABLE, Workspace
+from pipeline import secrets
 from pipeline.errors import UserError
 
+DRIVER_CPUS_VARIABLE = "LATENTRL_DRIVER_CPUS"  # what Ray keeps for this process, where it is a job's driver
 _CONNECT_LIMIT_S = 15.0
 _OBJECT_STORE_BYTES = 1 << 30
 _SMALLEST_OBJECT_STORE_BYTES = 80 << 20  # Ray refuses less than 75 MiB
@@ -111,9 +113,15 @@ def _note_small_object_stores(wanted: int) -> None:
 def _join(address: str) -> None:
     if address.startswith("ray://"):
         raise UserError(f"--ray-address {address} is a Ray client address; give the cluster's own HOST:PORT or auto")
-    _require_answer(address)
+    if not (address == "auto" and os.environ.get(JOB_VARIABLE)):  # a job's own cluster has just started it
+        _require_answer(address)
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(
+            address=address,
+            runtime_env=secrets.for_workers() or None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
     except (ConnectionError, RuntimeError, ValueError) as error:
         line = (str(error).splitlines() or ["no reason given"])[0]
         raise UserError(f"cannot join the Ray cluster at {address} ({line}); check --ray-address") from None
@@ -145,8 +153,10 @@ def _require_local(needs: dict[str, float], what: str) -> None:
 
 def _require(needs: dict[str, float], what: str) -> None:
     has = ray.cluster_resources()
+    has["CPU"] = has.get("CPU", 0) - float(os.environ.get(DRIVER_CPUS_VARIABLE, 0))
     for resource, amount in needs.items():
         if amount > has.get(resource, 0):
             raise UserError(
-                f"{what} need {amount:g} {resource}s, Ray has {has.get(resource, 0):g}; ask for fewer or add nodes"
+                f"{what} need {amount:g} {resource}s, Ray has {has.get(resource, 0):g} for them; "
+                "ask for fewer or add nodes"
             )

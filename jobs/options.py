@@ -19,15 +19,29 @@ def stage(
     details: str,
     run: Callable[[Options], Result],
     present: Callable[[Result], str],
+    *,
+    check: Callable[[Options], object] = lambda o: None,
+    driver_cpus: Callable[[Options], int] = lambda o: 0,
 ) -> argparse.ArgumentParser:
-    """Adds a command with what all have: `run` makes its result of the options, `present` says it in words."""
+    """Adds a command with what all have.
+
+    Args:
+        stages: Where it is added.
+        name: Of the command.
+        help_line: One line on it.
+        details: More lines.
+        run: Makes its result of the options.
+        present: Says the result in words.
+        check: Refuses options that can be seen to be wrong without places and Ray, before the command is submitted.
+        driver_cpus: How many CPUs the command's own process keeps busy, where it runs as a job of a cluster.
+    """
     parser: argparse.ArgumentParser = stages.add_parser(
         name,
         help=help_line,
         description=f"{help_line}\n\n{details}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run, present=present)
+    parser.set_defaults(run=run, present=present, check=check, driver_cpus=driver_cpus)
     common = parser.add_argument_group("common options")
     common.add_argument("--json", action="store_true", help="make the last line of stdout one JSON object")
     return parser

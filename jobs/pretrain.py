@@ -14,18 +14,18 @@ from jobs.cluster import ray_session
 from jobs.metrics import Metrics
 from jobs.progress import Progress, progress
 from jobs.recipes import PretrainRecipe
+from jobs.resuming import Earlier, earlier_run
 from jobs.settings import save_resolved, to_dict
 from jobs.termination import deferred
 from jobs.workspace import Workspace
 from pipeline.artifact import load_model
 from pipeline.disk import write_text
-from pipeline.errors import UserError
 from pipeline.order import ReadingOrder
 from pipeline.pictures import encoder_pictures
 from pipeline.registry import Registered, Run, Tracking, check_model_name, register_encoder
 from pipeline.store import FramesDataset
 from pipeline.stream import STREAM_BYTES, sample_frames
-from pipeline.train import PretrainResult, cpus_needed, num_steps, pretrain
+from pipeline.train import RECORD_FILE, PretrainResult, cpus_needed, num_steps, pretrain
 
 CHECKPOINTS_FOLDER = "checkpoints"
 BUNDLE_FOLDER = "bundle"
@@ -42,6 +42,7 @@ def run(
     register: str,
     *,
     resume: bool = False,
+    resume_if_any: bool = False,
     promote: bool = False,
     parent_run_id: str | None = None,
 ) -> dict[str, Any]:
@@ -53,6 +54,7 @@ def run(
         data: Folder or address of the dataset.
         register: Name of the registered model.
         resume: Goes on with the latest run of this name that was cut off.
+        resume_if_any: The same, or starts one where there is none to go on with.
         promote: Makes the version champion whatever the present one's figures.
         parent_run_id: MLflow run to nest under.
 
@@ -69,30 +71,29 @@ def run(
     dataset.require_sound_files()
     tracking = Tracking(workspace.tracking_uri)
     tracking.check()
-    folder = _folder_to_resume(workspace, register) if resume else None
+    earlier = Earlier()
+    if resume or resume_if_any:
+        earlier = earlier_run(workspace, _run_name(register), to_dict(recipe), _has_started, is_required=resume)
+    if earlier.result is not None:
+        return earlier.result
     workers = recipe.train.num_workers
     what = f"{workers} training worker{'s' if workers > 1 else ''} and the data stream"
     with (
         ray_session(workspace, needs={"CPU": cpus_needed(recipe.train)}, what=what, object_bytes=STREAM_BYTES),
-        _open_run(workspace, tracking, recipe, register, folder, parent_run_id) as opened,
+        _open_run(workspace, tracking, recipe, register, earlier.folder, parent_run_id) as opened,
     ):
         opened.log_dataset(dataset.uri, dataset.preprocess.game, dataset.digest, "pretrain")
-        session = _Session(opened, recipe, dataset, is_resumed=resume)
+        session = _Session(opened, recipe, dataset, is_resumed=earlier.folder is not None)
         result = session.run(register, total_steps, promote=promote)
     return opened.delivered(result)
 
 
-def _folder_to_resume(workspace: Workspace, register: str) -> Path:
-    folder = workspace.latest_run_folder(_run_name(register))
-    if folder is None:
-        raise UserError(f"there is no {_run_name(register)} run under {workspace.runs}; leave out --resume")
-    if (folder / RESULT_FILE).is_file():
-        raise UserError(f"run {folder.name} has finished; leave out --resume to start another")
-    return folder
-
-
 def _run_name(register: str) -> str:
     return f"pretrain-{register}"
+
+
+def _has_started(folder: Path) -> bool:
+    return (folder / CHECKPOINTS_FOLDER / RECORD_FILE).is_file()
 
 
 def _open_run(

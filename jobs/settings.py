@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import subprocess
 import types
 import typing
 from importlib import metadata
@@ -13,6 +12,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from pipeline.commit import code_commit
 from pipeline.errors import UserError
 
 Recipe = TypeVar("Recipe")
@@ -86,17 +86,7 @@ def provenance() -> dict[str, str]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    return {"git_commit": _git_commit(), **versions}
-
-
-def _git_commit() -> str:
-    root = Path(__file__).resolve().parent.parent
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
+    return {"git_commit": code_commit() or "unknown", **versions}
 
 
 def _read_yaml(path: str) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from jobs.options import Options, Result, facts, places, seed, share, stage, workspace_of
@@ -17,12 +19,41 @@ def add_stages(stages: Any) -> None:
         add(stages)
 
 
-def recipe_options(parser: argparse.ArgumentParser, default: str) -> None:
+def recipe_options(parser: argparse.ArgumentParser, default: str, recipes: str) -> None:
+    parser.set_defaults(recipes=recipes)
     parser.add_argument("recipe", nargs="?", default=default, help=f"name of a recipe (`latentrl recipes`; {default})")
     parser.add_argument(
         "--set", action="append", default=[], metavar="k=v", help="change one setting, e.g. train.lr=1e-4"
     )
     parser.add_argument("--config", metavar="FILE", help="take settings from a YAML file such as a run's config.yaml")
+
+
+def _resume_options(parser: argparse.ArgumentParser) -> None:
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--resume", action="store_true", help="go on with the latest run of this name that was cut off")
+    which.add_argument(
+        "--resume-if-any",
+        action="store_true",
+        help="the same, or start one where there is none: for schedulers that repeat a command word for word",
+    )
+
+
+def settings_of(o: Options) -> Any:
+    """The recipe of a command's options, with its file's and its own settings put in.
+
+    A full path may be one that only a cluster's nodes have: it is read where the command runs.
+    """
+    from jobs import recipes
+
+    find: Callable[..., Any] = getattr(recipes, o.recipes)
+    is_elsewhere = o.config is not None and Path(o.config).is_absolute() and not Path(o.config).exists()
+    return find(o.recipe, config=None if is_elsewhere else o.config, overrides=o.set)
+
+
+def _game_is_known(o: Options) -> None:
+    from pipeline.atari import preprocess_for
+
+    preprocess_for(o.game, o.protocol)
 
 
 def _collect(stages: Any) -> None:
@@ -40,7 +71,7 @@ def _collect(stages: Any) -> None:
         "Ray workers play the game in lanes of their own and write Parquet; the same seed gives the same bytes\n"
         "whatever the number of workers. Exactly --frames rows are stored; the last episode of each lane is truncated."
     )
-    p = stage(stages, "collect", "play a game and store its frames", details, run, present)
+    p = stage(stages, "collect", "play a game and store its frames", details, run, present, check=_game_is_known)
     p.add_argument("--game", required=True, help="ALE id such as pong or ms_pacman; other spellings are understood")
     p.add_argument("--frames", required=True, type=int, help="rows to store")
     p.add_argument("--out", required=True, help="folder or address (s3://...) of the dataset")
@@ -83,17 +114,16 @@ def _data(stages: Any) -> None:
     p = stage(verbs, "info", "say what a dataset holds", "Reads the manifest only.", info, lambda r: facts(r, *r))
     p.add_argument("data", metavar="DIR")
     details = "Checks every checksum, schema, row count and episode. Exit code 0 sound, 1 unsound, 2 not a dataset."
-    p = stage(verbs, "check", "verify a dataset byte by byte", details, check, verdict)
+    p = stage(verbs, "check", "verify a dataset byte by byte", details, check, verdict, driver_cpus=lambda o: 1)
     p.add_argument("data", metavar="DIR")
 
 
 def _pretrain(stages: Any) -> None:
     def run(o: Options) -> Result:
         from jobs import pretrain
-        from jobs.recipes import pretrain_recipe
 
-        recipe = pretrain_recipe(o.recipe, config=o.config, overrides=o.set)
-        return pretrain.run(workspace_of(o), recipe, o.data, o.register, resume=o.resume, promote=o.promote)
+        names = "data register resume resume_if_any promote"
+        return pretrain.run(workspace_of(o), settings_of(o), **{name: getattr(o, name) for name in names.split()})
 
     def present(r: Result) -> str:
         shown = facts(
@@ -113,12 +143,15 @@ def _pretrain(stages: Any) -> None:
         "Ray Data streams the frames into Ray Train; the finished encoder becomes a version of --register in MLflow,\n"
         "with alias `latest`, and `champion` when its held-out bits/dim beats the champion's and it has not collapsed."
     )
-    p = stage(stages, "pretrain", "train an encoder on stored frames and register it", details, run, present)
-    recipe_options(p, "vae")
+    p = stage(
+        stages, "pretrain", "train an encoder on stored frames and register it", details, run, present,
+        check=settings_of,
+    )  # fmt: skip
+    recipe_options(p, "vae", "pretrain_recipe")
     p.add_argument("--data", required=True, metavar="DIR", help="a frames dataset")
     p.add_argument("--register", required=True, metavar="NAME", help="name of the registered model")
     p.add_argument("--promote", action="store_true", help="set alias champion whatever the present one's figures")
-    p.add_argument("--resume", action="store_true", help="go on with the latest run of this name that was cut off")
+    _resume_options(p)
     places(p)
 
 
@@ -148,11 +181,13 @@ def _encode(stages: Any) -> None:
 def _train(stages: Any) -> None:
     def run(o: Options) -> Result:
         from jobs import train
-        from jobs.recipes import train_recipe
 
-        recipe = train_recipe(o.recipe, config=o.config, overrides=o.set)
-        names = "game encoder mode agent_steps num_env_runners num_learners protocol seed register resume"
-        return train.run(workspace_of(o), recipe, **{name: getattr(o, name) for name in names.split()})
+        names = "game encoder mode agent_steps num_env_runners num_learners protocol seed register resume resume_if_any"
+        return train.run(workspace_of(o), settings_of(o), **{name: getattr(o, name) for name in names.split()})
+
+    def check(o: Options) -> None:
+        settings_of(o)
+        _game_is_known(o)
 
     def present(r: Result) -> str:
         shown = facts(
@@ -172,8 +207,11 @@ def _train(stages: Any) -> None:
         "finetune: the encoder learns too, at a rate of its own (needs --encoder)\n"
         "pixels:   the encoder's architecture from scratch, or the DQN paper's (q.torso=nature): the baselines"
     )
-    p = stage(stages, "train", "learn to play by Q-learning, distributed by RLlib", details, run, present)
-    recipe_options(p, "dqn")
+    p = stage(
+        stages, "train", "learn to play by Q-learning, distributed by RLlib", details, run, present,
+        check=check, driver_cpus=lambda o: int(o.num_learners == 0 or o.num_env_runners == 0),
+    )  # fmt: skip
+    recipe_options(p, "dqn", "train_recipe")
     p.add_argument("--game", required=True, help="ALE id such as pong")
     p.add_argument("--encoder", metavar="URI", help="models:/NAME@alias, models:/NAME/3, runs:/ID/path or a folder")
     p.add_argument("--mode", choices=("frozen", "finetune", "pixels"), default="frozen")
@@ -183,7 +221,7 @@ def _train(stages: Any) -> None:
     p.add_argument("--protocol", default="atari100k", help=f"{', '.join(PROTOCOLS)} (atari100k)")
     p.add_argument("--seed", type=seed, default=0)
     p.add_argument("--register", metavar="NAME", help="name of the registered policy (GAME-agent)")
-    p.add_argument("--resume", action="store_true", help="go on with the latest run of this name that was cut off")
+    _resume_options(p)
     places(p)
 
 
@@ -196,7 +234,7 @@ def _evaluate(stages: Any) -> None:
     details = "Full games on raw points, greedy; the interval is a bootstrap over episodes (10,000 resamples, 95%)."
     p = stage(
         stages, "evaluate", "play whole games with a policy and score it", details, run,
-        lambda r: facts(r, "policy", *EVALUATED, "run_folder"),
+        lambda r: facts(r, "policy", *EVALUATED, "run_folder"), driver_cpus=lambda o: 1,
     )  # fmt: skip
     p.add_argument("policy", metavar="POLICY", help="a policy's folder or registry address, or random:GAME")
     p.add_argument("--episodes", type=int, default=20)
@@ -213,7 +251,7 @@ def _report(stages: Any) -> None:
 
     p = stage(
         stages, "report", "make one HTML page of a run", "Self-contained; also an artifact of the run in MLflow.", run,
-        lambda r: f"  report  {r['path']}",
+        lambda r: f"  report  {r['path']}", driver_cpus=lambda o: 1,
     )  # fmt: skip
     p.add_argument("run_name", metavar="RUN", help="a run's folder, its name, or its MLflow run id")
     places(p)
@@ -230,6 +268,7 @@ def _demo(stages: Any) -> None:
     p = stage(
         stages, "demo", "run every stage on a real game, from frames to an agent that plays",
         "The tour of the project: jobs/demo.py is this command, stage by stage.", run, lambda r: str(r["table"]),
+        driver_cpus=lambda o: 1,
     )  # fmt: skip
     p.add_argument("--out", default="latentrl-demo", help="folder for everything it makes (latentrl-demo)")
     p.add_argument("--seed", type=seed, default=0)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from jobs.cluster import ray_session
 from jobs.metrics import Metrics
 from jobs.progress import progress
-from jobs.settings import load_resolved, save_resolved, to_dict
+from jobs.resuming import Earlier, earlier_run
+from jobs.settings import save_resolved, to_dict
 from jobs.termination import deferred
 from jobs.training import Training
 from jobs.workspace import Workspace
@@ -58,6 +59,7 @@ def run(
     seed: int = 0,
     register: str | None = None,
     resume: bool = False,
+    resume_if_any: bool = False,
     parent_run_id: str | None = None,
 ) -> dict[str, Any]:
     """Trains an agent, writes its policy bundle and registers it.
@@ -75,6 +77,7 @@ def run(
         seed: Of everything random.
         register: Name of the registered model; GAME-agent if None.
         resume: Goes on with the latest run of this game and mode.
+        resume_if_any: The same, or starts one where there is none to go on with.
         parent_run_id: MLflow run to nest under.
 
     Returns:
@@ -107,7 +110,13 @@ def run(
     plan.check()
     config = build_config(plan, preprocess, resolved)
     config.check()
-    folder = _folder_to_resume(workspace, plan) if resume else None
+    earlier = Earlier()
+    if resume or resume_if_any:
+        earlier = earlier_run(
+            workspace, _run_name(plan), to_dict(plan), _checkpoint, is_required=resume, extended_by="agent_steps"
+        )
+    if earlier.result is not None:
+        return earlier.result
     tracking = Tracking(workspace.tracking_uri)
     tracking.check()
     logging.getLogger("ray.rllib").setLevel(logging.ERROR)
@@ -117,8 +126,10 @@ def run(
     needs = {"CPU": float(num_env_runners + num_learners)}
     with ray_session(workspace, needs=needs, what=plan.describe_workers()):
         config.validate()  # the cluster too, before the run's folder is made
-        with _open_run(workspace, tracking, plan, folder, parent_run_id) as opened:
-            result = _Session(opened, plan, preprocess, resolved).run(config, name, is_resumed=resume)
+        with _open_run(workspace, tracking, plan, earlier.folder, parent_run_id) as opened:
+            result = _Session(opened, plan, preprocess, resolved).run(
+                config, name, is_resumed=earlier.folder is not None
+            )
     return opened.delivered(result)
 
 
@@ -173,21 +184,8 @@ def _run_name(plan: Training) -> str:
     return f"train-{plan.game}-{plan.mode}"
 
 
-def _folder_to_resume(workspace: Workspace, plan: Training) -> Path:
-    folder = workspace.latest_run_folder(_run_name(plan))
-    if folder is None or find_checkpoint(folder / CHECKPOINT_FOLDER) is None:
-        raise UserError(
-            f"there is no {_run_name(plan)} run with a checkpoint under {workspace.runs}; leave out --resume"
-        )
-    before = load_resolved(folder)
-    now = to_dict(plan)
-    changed = [key for key in now if key != "agent_steps" and before.get(key) != now[key]]
-    if changed:
-        both = "; ".join(f"{key}: {before.get(key)!r} then, {now[key]!r} now" for key in changed)
-        raise UserError(
-            f"{folder.name} was started with other settings ({both}); resume with those it was started with"
-        )
-    return folder
+def _checkpoint(folder: Path) -> Path | None:
+    return find_checkpoint(folder / CHECKPOINT_FOLDER)
 
 
 def _open_run(
@@ -217,7 +215,7 @@ class _Session:
         algorithm: LatentDQN = config.latent(run_id=self._run.run_id).build_algo()
         try:
             if is_resumed:
-                checkpoint = find_checkpoint(self._folder / CHECKPOINT_FOLDER)
+                checkpoint = _checkpoint(self._folder)
                 assert checkpoint is not None
                 algorithm.restore_from_path(checkpoint)
                 self._forget_after(algorithm.agent_steps)

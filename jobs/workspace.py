@@ -12,6 +12,7 @@ from pipeline.errors import UserError
 
 HOME_VARIABLE = "LATENTRL_HOME"
 DEFAULT_HOME = "latentrl-runs"
+JOB_VARIABLE = "LATENTRL_JOB"  # the name of the job that this process is the driver of
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,13 @@ class Workspace:
         """Builds a workspace from what the user gave; the folder is made when something is first written.
 
         Raises:
-            UserError: `home` exists and is no folder.
+            UserError: `home` exists and is no folder, or this is a cluster's job and it is not said.
         """
+        if os.environ.get(JOB_VARIABLE) and not home and not os.environ.get(HOME_VARIABLE):
+            raise UserError(
+                f"neither --home nor the nodes' {HOME_VARIABLE} says where runs go, and this job's folder is lost with "
+                "its node; give --home, a folder that every node sees"
+            )
         path = Path(home or os.environ.get(HOME_VARIABLE) or DEFAULT_HOME).expanduser().absolute()
         if path.exists() and not path.is_dir():
             raise UserError(f"--home {path} is a file; name a folder")

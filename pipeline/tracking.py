@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import logging
 import math
-import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from pipeline import machine, server
+from pipeline.commit import code_commit
 from pipeline.delivery import BATCHED, MAX_PARAM_CHARS, SLOW, Delivery
 from pipeline.disk import write_text
 from pipeline.errors import TrackingPending, UserError
@@ -123,7 +123,7 @@ class Tracking:
             "mlflow.source.type": "LOCAL",
             "mlflow.source.name": f"latentrl {stage}",
             **({"mlflow.parentRunId": parent_run_id} if parent_run_id else {}),
-            **({"mlflow.source.git.commit": commit} if (commit := _git_commit()) else {}),
+            **({"mlflow.source.git.commit": commit.removesuffix("-dirty")} if (commit := code_commit()) else {}),
         }
         try:
             experiment = server.ask(self.address, lambda: server.experiment_id(client, self.experiment, self.address))
@@ -309,15 +309,6 @@ def _make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the run's folder {folder} ({error.strerror}); give another --home") from None
-
-
-def _git_commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
 
 
 def _versions() -> dict[str, str]:

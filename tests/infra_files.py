@@ -79,6 +79,10 @@ def joined(text: str) -> str:
 
 def understood(arguments: list[str]) -> Namespace:
     options = parser().parse_args(arguments)
+    if arguments[0] == "submit":
+        inner = understood(options.command[1:])
+        inner.driver_room = inner.driver_cpus(inner) if options.num_cpus is None else options.num_cpus
+        return inner
     recipes = {"train": train_recipe, "pretrain": pretrain_recipe}
     if arguments[0] in recipes:
         options.settings = recipes[arguments[0]](options.recipe, overrides=options.set)

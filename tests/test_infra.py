@@ -88,8 +88,9 @@ def test_a_job_is_repeated_on_the_same_cluster_with_a_command_that_goes_on() -> 
     assert "clusterSelector" not in spec  # with it KubeRay repeats nothing
     assert spec["shutdownAfterJobFinishes"]
     words = spec["entrypoint"].split()
-    assert words[:2] == ["start-or-resume", "latentrl"]
-    options = understood(words[2:])
+    assert words[0] == "latentrl"
+    options = understood(words[1:])
+    assert options.resume_if_any
     assert options.home.startswith("/shared/")
     assert not options.encoder or "@" not in options.encoder  # an alias may mean another version at the next attempt
 
@@ -209,6 +210,7 @@ def test_what_the_tracking_image_installs_is_pinned() -> None:
 # --- the commands
 
 
+KUBERNETES = README[README.index("\n## Kubernetes") : README.index("\n## Machines")]
 COMMANDS = [*commands(README), *commands(README, "latentrl.sbatch"), *commands(JOB["spec"]["entrypoint"])]
 
 
@@ -219,9 +221,12 @@ def test_the_command_line_takes_every_command(command: str) -> None:
 
 def cpus_of(command: str) -> int:
     options = understood(shlex.split(command))
+    room = int(options.driver_room) if "driver_room" in options else 0
     if "settings" in options and "num_env_runners" not in options:
-        return int(options.settings.train.num_workers) + 1  # one for Ray Data
-    return int(options.num_workers if "num_workers" in options else options.num_env_runners + options.num_learners)
+        return room + int(options.settings.train.num_workers) + 1  # one for Ray Data
+    return room + int(
+        options.num_workers if "num_workers" in options else options.num_env_runners + options.num_learners
+    )
 
 
 def test_clusters_start_with_room_for_their_commands() -> None:
@@ -230,8 +235,8 @@ def test_clusters_start_with_room_for_their_commands() -> None:
         group["minReplicas"] * int(group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
         for group in groups
     )
-    submitted = commands("\n".join(re.findall(r"^ray job submit .*$", joined(README), re.MULTILINE)))
-    assert len(submitted) == 2
+    submitted = commands("\n".join(re.findall(r"^latentrl submit .*$", joined(KUBERNETES), re.MULTILINE)))
+    assert len(submitted) == 3
     assert all(cpus_of(command) <= room for command in [*submitted, *commands(JOB["spec"]["entrypoint"])])
     script = (INFRA / "slurm" / "latentrl.sbatch").read_text()
     nodes, cpus = (int(re.search(rf"#SBATCH --{name}=(\d+)", script)[1]) for name in ("nodes", "cpus-per-task"))

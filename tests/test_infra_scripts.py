@@ -8,7 +8,6 @@ import shlex
 import subprocess
 from pathlib import Path
 
-import pytest
 from infra_files import INFRA, LAUNCHER, README, commands, understood
 
 
@@ -17,31 +16,8 @@ def stand_in(path: Path, body: str) -> None:
     path.chmod(0o755)
 
 
-@pytest.mark.parametrize(
-    ("codes", "calls", "code"),
-    [
-        ((0,), ["--resume"], 0),
-        ((2, 0), ["--resume", ""], 0),  # nothing to go on with
-        ((2, 2), ["--resume", ""], 2),
-        ((1,), ["--resume"], 1),  # a failure is not started anew
-        ((143,), ["--resume"], 143),
-        ((3,), ["--resume"], 0),  # done, but the tracking server is behind
-        ((2, 3), ["--resume", ""], 3),
-    ],
-)
-def test_start_or_resume(tmp_path: Path, codes: tuple[int, ...], calls: list[str], code: int) -> None:
-    (tmp_path / "codes").write_text("".join(f"{number}\n" for number in codes))
-    stand_in(
-        tmp_path / "latentrl",
-        'cd "$(dirname "$0")"; echo "${@:3}" >> calls; code=$(head -1 codes); sed -i 1d codes; exit "$code"',
-    )
-    ended = subprocess.run([INFRA / "start-or-resume", tmp_path / "latentrl", "train", "a b"], check=False)
-    assert (tmp_path / "calls").read_text().split("\n")[:-1] == calls
-    assert ended.returncode == code
-
-
 def test_scripts_and_command_lines_are_bash() -> None:
-    texts = [(INFRA / name).read_text() for name in ("slurm/latentrl.sbatch", "start-or-resume")]
+    texts = [(INFRA / "slurm/latentrl.sbatch").read_text()]
     texts += re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     texts += [line for key, lines in LAUNCHER.items() if key.endswith("_commands") for line in lines]
     assert len(texts) > 10
@@ -53,7 +29,6 @@ def run_sbatch(tmp_path: Path, *arguments: str, symmetric_run: str) -> subproces
     """The script as SLURM starts it on two nodes, of which the stand-in for srun is the first."""
     checkout, bin_ = tmp_path / "checkout", tmp_path / "checkout" / ".venv" / "bin"
     bin_.mkdir(parents=True)
-    (checkout / "infra").symlink_to(INFRA)
     stand_in(bin_ / "scontrol", '[ "$*" = "show hostnames node[1-2]" ] && printf "node1\\nnode2\\n"')
     stand_in(bin_ / "srun", 'while [[ "$1" == --* ]]; do shift; done; exec "$@"')
     token = "mkdir -p ~/.ray; echo the-token | tee ~/.ray/auth_token; exit"
@@ -93,7 +68,7 @@ def test_the_slurm_script_calls_ray_and_the_stage_as_they_want_it(tmp_path: Path
     stage = (tmp_path / "stage").read_text().split("\n")[:-1]
     assert stage[: len(arguments)] == arguments
     chosen = understood(stage)
-    assert chosen.resume
+    assert chosen.resume_if_any
     assert (chosen.home, chosen.ray_address) == (f"{tmp_path}/shared/slurm-7", "node1:6379")
     assert chosen.tracking_uri == "http://tracking:5000"
 

@@ -270,6 +270,8 @@ def test_settings_that_make_no_training_are_refused(wrong):
 def test_the_job_leaves_a_registered_model_pictures_and_a_record(dataset, tmp_path):
     from jobs import pretrain as job
     from jobs.recipes import PretrainRecipe
+    from jobs.resuming import Earlier, earlier_run
+    from jobs.settings import to_dict
     from jobs.workspace import Workspace
     from pipeline.registry import resolve
 
@@ -285,3 +287,13 @@ def test_the_job_leaves_a_registered_model_pictures_and_a_record(dataset, tmp_pa
     assert result["train_worker_steps"] == {"0": 20}
     with pytest.raises(UserError, match="has finished"):
         job.run(workspace, recipe, dataset.uri, "toy-encoder", resume=True)
+    (folder / "result.json").unlink()  # as if it had been cut off before its end
+    resumed = job.run(workspace, recipe, dataset.uri, "toy-encoder", resume_if_any=True)
+    assert (resumed["run_id"], resumed["sha256"]) == (result["run_id"], result["sha256"])
+    (folder / "result.json").unlink()
+    changed = replace(recipe, train=replace(recipe.train, lr=0.5))
+    with pytest.raises(UserError, match="other settings"):
+        job.run(workspace, changed, dataset.uri, "toy-encoder", resume_if_any=True)
+    shutil.rmtree(folder / job.CHECKPOINTS_FOLDER)  # cut off before there was anything to go on with
+    name, settings = "pretrain-toy-encoder", to_dict(recipe)
+    assert earlier_run(workspace, name, settings, job._has_started, is_required=False) == Earlier()

@@ -17,6 +17,8 @@ from jobs.workspace import Workspace
 from pipeline.atari import preprocess_for
 from pipeline.errors import UserError
 from pipeline.models.vae import VAESettings
+from pipeline.registry import sync
+from pipeline.tracking import RunRecord, open_outbox
 from rllib_ext import workers
 from rllib_ext.algorithm import LatentDQN
 from rllib_ext.policy import load_policy
@@ -57,7 +59,7 @@ def run(workspace, encoder, **changes):
 def test_train_then_resume(workspace, tmp_path):
     torch.set_num_threads(1)
     encoder = make_pong_encoder(tmp_path)
-    result = run(workspace, encoder)
+    result = run(workspace, encoder, resume_if_any=True)  # there is none
     assert result["encoder_sha256_before"] == result["encoder_sha256_after"]
     assert sum(result["steps_per_worker"].values()) == result["agent_steps"] >= 150
     assert len(result["steps_per_worker"]) == result["num_remote_env_runners"] == 1
@@ -77,6 +79,26 @@ def test_train_then_resume(workspace, tmp_path):
     assert steps[-1] == again["agent_steps"]
     with pytest.raises(UserError, match=r"started with other settings \(seed: 0 then, 5 now\)"):
         run(workspace, encoder, seed=5, resume=True)
+    with pytest.raises(UserError, match="has finished"):
+        run(workspace, encoder, agent_steps=250, resume=True)
+    leave_undelivered(folder)
+    assert run(workspace, encoder, agent_steps=250, resume_if_any=True) == again  # delivered, not trained again
+    assert sync(folder) == 0
+    (folder / "result.json").unlink()  # as if it had been cut off
+    with pytest.raises(UserError, match=r"started with other settings \(seed: 0 then, 5 now\)"):
+        run(workspace, encoder, seed=5, resume_if_any=True)
+    further = run(workspace, encoder, agent_steps=300, resume_if_any=True)
+    assert further["run_id"] == result["run_id"]
+    assert further["agent_steps"] >= 300
+    assert [path.name for path in workspace.runs.iterdir()] == [folder.name]
+
+
+def leave_undelivered(folder):
+    """One entry that the tracking server has not heard of."""
+    record = RunRecord.read(folder)
+    outbox = open_outbox(folder, record, record.address())
+    outbox.append("tag", {"key": "late", "value": "yes"})
+    assert outbox.close(0.0) == 1
 
 
 def test_a_run_whose_workers_are_gone_for_good_is_kept_and_goes_on_later(workspace, tmp_path, monkeypatch):
@@ -115,7 +137,7 @@ ROOMY = replace(RECIPE, train=RECIPE.train.replace(replay_capacity=100_000, warm
         ({"encoder": "no/such/folder"}, "no/such/folder"),
         ({"num_env_runners": 1000, "recipe": ROOMY}, "1000 rollout workers need 1000 CPUs"),
         ({"agent_steps": 0}, "--agent-steps is 0"),
-        ({"resume": True}, "no train-pong-frozen run with a checkpoint"),
+        ({"resume": True}, "no train-pong-frozen run under .* to go on with; leave out --resume"),
         ({"recipe": replace(RECIPE, train=DQNSettings(replay_capacity=8))}, "replay_capacity is 8"),
     ],
 )
