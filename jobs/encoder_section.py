@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jobs.lineage import ENCODER_FOLDER, Relatives, points
+from jobs.relatives import ENCODER_FOLDER, Relatives, points
 from pipeline.artifact import load_stats
 from pipeline.charts import Chart, line_chart, number, thinned
 from pipeline.registry import MIN_ACTIVE_FRACTION

@@ -65,7 +65,7 @@ def run(
     dataset = FramesDataset.open(data if "://" in data else str(Path(data).expanduser().absolute()))
     total_steps = num_steps(recipe.train, dataset)
     dataset.require_sound_files()
-    tracking = Tracking(workspace.tracking_uri)
+    tracking = Tracking(workspace.tracking_uri, pipeline=workspace.pipeline)
     tracking.check()
     folder = _folder_to_resume(workspace, register) if resume else None
     workers = recipe.train.num_workers
@@ -74,7 +74,7 @@ def run(
         ray_session(workspace, needs={"CPU": cpus_needed(recipe.train)}, what=what),
         _open_run(workspace, tracking, recipe, register, folder, parent_run_id) as opened,
     ):
-        opened.log_dataset(dataset.uri, dataset.preprocess.game, dataset.digest, "pretrain")
+        opened.log_dataset(dataset.facts(), "pretrain")
         session = _Session(opened, recipe, dataset, is_resumed=resume)
         result = session.run(register, total_steps, promote=promote)
     return opened.delivered(result)
@@ -132,6 +132,7 @@ class _Session:
             has_heldout=trained.has_heldout,
             promote=promote,
             example_frames=frames[:NUM_EXAMPLES],
+            dataset=self._dataset.facts(),
         )
         result = self._result(trained, registered, time.monotonic() - began)
         (self._folder / RESULT_FILE).write_text(json.dumps(result, indent=1) + "\n")

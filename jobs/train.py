@@ -160,7 +160,7 @@ def run(
     config = build_config(plan, preprocess, resolved)
     config.check()
     folder = _folder_to_resume(workspace, plan) if resume else None
-    tracking = Tracking(workspace.tracking_uri)
+    tracking = Tracking(workspace.tracking_uri, pipeline=workspace.pipeline)
     tracking.check()
     logging.getLogger("ray.rllib").setLevel(logging.ERROR)
     needs = {"CPU": float(num_env_runners + num_learners)}
@@ -262,7 +262,7 @@ class _Session:
     def run(self, config: LatentDQNConfig, name: str, *, is_resumed: bool) -> dict[str, Any]:
         """Trains to the end and returns the result."""
         if self._resolved is not None:
-            self._run.log_encoder_input(self._resolved.uri, self._resolved.version, self._resolved.sha256)
+            self._run.log_model_input("encoder", self._resolved)
         algorithm: LatentDQN = config.latent(run_id=self._run.run_id).build_algo()
         try:
             if is_resumed:
@@ -338,7 +338,8 @@ class _Session:
     ) -> dict[str, Any]:
         figures = algorithm.figures()
         policy = self._write_policy(algorithm, figures)
-        registered = register_policy(self._run, policy, name, encoder=self._resolved)
+        tags = {"game": self._plan.game, "mode": self._plan.mode, "agent_steps": algorithm.agent_steps}
+        registered = register_policy(self._run, policy, name, encoder=self._resolved, tags=tags)
         has_games = math.isfinite(figures["episode_return_mean"])
         result = {
             "policy": str(policy),

@@ -11,6 +11,7 @@ from pathlib import Path
 from pipeline.errors import UserError
 
 HOME_VARIABLE = "LATENTRL_HOME"
+PIPELINE_VARIABLE = "LATENTRL_PIPELINE"
 DEFAULT_HOME = "latentrl-runs"
 
 
@@ -22,14 +23,22 @@ class Workspace:
         home: Absolute path of the folder that holds everything.
         tracking_uri: MLflow's address; by default a sqlite file under `home`.
         ray_address: A running Ray cluster, or None for a local one that the command starts and stops.
+        pipeline: Name of the MLflow run under which the stages' runs are gathered, if they are.
     """
 
     home: Path
     tracking_uri: str
     ray_address: str | None = None
+    pipeline: str | None = None
 
     @classmethod
-    def at(cls, home: str | None, tracking_uri: str | None = None, ray_address: str | None = None) -> Workspace:
+    def at(
+        cls,
+        home: str | None,
+        tracking_uri: str | None = None,
+        ray_address: str | None = None,
+        pipeline: str | None = None,
+    ) -> Workspace:
         """Builds a workspace from what the user gave; the folder is made when something is first written.
 
         Raises:
@@ -38,7 +47,8 @@ class Workspace:
         path = Path(home or os.environ.get(HOME_VARIABLE) or DEFAULT_HOME).expanduser().absolute()
         if path.exists() and not path.is_dir():
             raise UserError(f"--home {path} is a file; name a folder")
-        return cls(path, tracking_uri or f"sqlite:///{path}/mlflow.db", ray_address)
+        gathered = pipeline or os.environ.get(PIPELINE_VARIABLE) or None
+        return cls(path, tracking_uri or f"sqlite:///{path}/mlflow.db", ray_address, gathered)
 
     @property
     def runs(self) -> Path:

@@ -1,4 +1,7 @@
-"""Which run folders belong together: from a run to the encoder it used, the games it was judged by, and back."""
+"""Which run folders of this home belong together, for the page of a run, which needs their files.
+
+What was made from what, whoever made it and wherever, is the tracking server's to say: see pipeline/lineage.py.
+"""
 
 from __future__ import annotations
 
