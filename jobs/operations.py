@@ -9,8 +9,29 @@ from jobs.options import Options, Result, facts, places, stage, workspace_of
 
 def add_operations(commands: Any) -> None:
     """Adds every operation to the command line."""
-    for add in (_sync,):
+    for add in (_lineage, _sync):
         add(commands)
+
+
+def _lineage(commands: Any) -> None:
+    def run(o: Options) -> Result:
+        from jobs import lineage
+
+        return lineage.run(workspace_of(o), o.asked)
+
+    def present(r: Result) -> str:
+        from jobs import lineage
+
+        return lineage.present(r)
+
+    details = (
+        "Which data made this agent? Which agents use this encoder? Answered from the tracking server alone.\n"
+        "RUN: an MLflow run id, a run's folder or name, the NAME of a --pipeline. MODEL: models:/NAME/3,\n"
+        "models:/NAME@alias, a bundle's folder. Also a dataset's folder, address or digest."
+    )
+    p = stage(commands, "lineage", "say what was made from what", details, run, present)
+    p.add_argument("asked", metavar="RUN_OR_MODEL", help="where to start")
+    places(p)
 
 
 def _sync(commands: Any) -> None:

@@ -77,17 +77,17 @@ def _resolve_folder(address: str) -> Resolved:
             f"{address!r} is neither a folder nor an address; give models:/NAME@alias, models:/NAME/3, "
             "runs:/RUN_ID/path or a bundle's folder"
         )
-    return Resolved(path, address, None, None, bundle.verify(path), _kind(path, address))
+    return Resolved(path, address, None, None, bundle.verify(path), kind_of(path, address))
 
 
 def _resolve_version(address: str, client: MlflowClient, where: Address, cache: Path) -> Resolved:
-    version = _find_version(address, client, where)
+    version = find_version(address, client, where)
     uri = f"models:/{version.name}/{version.version}"
     path, sha256 = _fetch(f"{uri}/{BUNDLE_DIRECTORY}", uri, where, cache)
     recorded = version.tags.get(SHA256_TAG)
     if recorded not in (None, sha256):
         raise UserError(f"{uri} has changed in the store: registered with sha256 {recorded}, now {sha256}")
-    return Resolved(path, address, uri, str(version.version), sha256, _kind(path, address))
+    return Resolved(path, address, uri, str(version.version), sha256, kind_of(path, address))
 
 
 def _resolve_artifact(address: str, client: MlflowClient, where: Address, cache: Path) -> Resolved:
@@ -102,10 +102,15 @@ def _resolve_artifact(address: str, client: MlflowClient, where: Address, cache:
     if not any(inside == path or inside.startswith(f"{path}/") for path in found):
         raise UserError(f"run {run_id} has no artifact {inside!r}; it has {_listed(found)}")
     path, sha256 = _fetch(f"runs:/{run_id}/{inside}", address, where, cache)
-    return Resolved(path, address, f"runs:/{run_id}/{inside}", None, sha256, _kind(path, address))
+    return Resolved(path, address, f"runs:/{run_id}/{inside}", None, sha256, kind_of(path, address))
 
 
-def _find_version(address: str, client: MlflowClient, where: Address) -> ModelVersion:
+def find_version(address: str, client: MlflowClient, where: Address) -> ModelVersion:
+    """The registered version that `models:/NAME@alias` or `models:/NAME/3` means now.
+
+    Raises:
+        UserError: There is none; says what there is.
+    """
     match = re.fullmatch(r"models:/+([^/@]+)(?:@([^/@]+)|/(\d+))", address)
     if match is None:
         raise UserError(f"{address!r} is malformed; give models:/NAME@alias or models:/NAME/3")
@@ -177,7 +182,12 @@ def _download(source: str, into: Path, shown: str, where: Address) -> Path:
         raise UserError(f"the files of {shown} are not in the store ({error}); it cannot be used") from None
 
 
-def _kind(path: Path, shown: str) -> Kind:
+def kind_of(path: Path, shown: str) -> Kind:
+    """What a bundle is, by its files.
+
+    Raises:
+        UserError: Neither an encoder nor a policy.
+    """
     if (path / "q.safetensors").is_file():
         return "policy"
     if (path / "preprocess.json").is_file() and (path / "model.safetensors").is_file():

@@ -18,14 +18,18 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.errors import UserError
 from pipeline.outbox import Refused, Unreachable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient as MlflowClient
+    from mlflow.entities import LoggedModel as LoggedModel
+    from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion as ModelVersion
+
+    MlflowRun = Run
 
 SIGN_OF_LIFE_WITHIN_S = 5.0
 SERVER_ANSWERS_WITHIN_S = 12.0
@@ -239,6 +243,13 @@ def experiment_id(client: MlflowClient, name: str, address: Address) -> str:
     if found.lifecycle_stage == "deleted":
         raise Refused("it is deleted; restore it in MLflow")
     return str(found.experiment_id)
+
+
+def search_runs(client: MlflowClient, experiments: list[str], condition: str, limit: int, token: str | None) -> Any:
+    """A page of runs, deleted ones among them, the newest first; its `token` asks for the next."""
+    from mlflow.entities import ViewType
+
+    return client.search_runs(experiments, condition, ViewType.ALL, limit, page_token=token)
 
 
 def download(source: str, into: Path, address: Address) -> Path:
