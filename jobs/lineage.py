@@ -37,7 +37,8 @@ def run(workspace: Workspace, asked: str) -> dict[str, Any]:
 
     Returns:
         asked; trees: the things at the top, each with what was made from it under `made`; data: that `asked` was made
-        from; agents: that were made from it; missing: how many links are, each told in its thing's `remarks`.
+        from, the nearest first; agents: that use it, if it is an encoder or data, as it is and not by way of data that
+        an agent has played since; missing: how many links are, each told in its thing's `remarks`.
 
     Raises:
         UserError: Nothing of that name, or the server does not answer.
@@ -159,14 +160,14 @@ def _listed(keys: Iterable[str]) -> str:
 
 def _answer(lineage: Lineage, asked: str, keys: set[str]) -> dict[str, Any]:
     nodes = lineage.nodes
-    made_from = {key for start in keys for key in lineage.line(start)}
+    made_from = list(dict.fromkeys(key for start in keys for key in lineage.line(start)))
     trees = [_tree(lineage, node, keys) for node in nodes.values() if node.origin not in nodes]
-    below = {node["key"] for tree in trees for top in _topmost(tree, keys) for node in _all(top)}
+    users = {node["key"] for tree in trees for top in _topmost(tree, keys) for node in _of_this_data(top)}
     return {
         "asked": asked,
         "trees": trees,
-        "data": [_described(node, keys) for key, node in nodes.items() if key in made_from and node.kind == "data"],
-        "agents": [_described(node, keys) for key, node in nodes.items() if key in below and node.kind == "agent"],
+        "data": [_described(nodes[key], keys) for key in made_from if nodes[key].kind == "data"],
+        "agents": [_described(node, keys) for key, node in nodes.items() if key in users and node.kind == "agent"],
         "missing": sum(len(node.remarks) for node in nodes.values()),
     }
 
@@ -190,26 +191,33 @@ def _topmost(tree: dict[str, Any], keys: set[str]) -> Iterator[dict[str, Any]]:
         yield from _topmost(made, keys)
 
 
-def _all(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _of_this_data(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A thing and what was made from it, but for what came of data that an agent played."""
     yield tree
     for made in tree["made"]:
-        yield from _all(made)
+        if made["kind"] != "data":
+            yield from _of_this_data(made)
 
 
 def present(result: dict[str, Any]) -> str:
     """The trees, and the two questions answered in a line each."""
     lines = [line for tree in result["trees"] for line in _lines(tree, "", "")]
-    asked = [node["kind"] for tree in result["trees"] for node in _all(tree) if node["is_asked"]]
+    asked = [kind for tree in result["trees"] for kind in _asked_kinds(tree)]
     lines.append("")
     if asked != ["data"]:
         lines.append(f"made from: {'; '.join(map(_words, result['data'])) or _why_no_data(result)}")
     if asked in (["data"], ["encoder"]):
         names = [_name(agent) for agent in result["agents"]]
         shown = ", ".join(names[:MAX_SHOWN]) + (f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else "")
-        lines.append(f"agents that were made with it: {len(names)}" + (f": {shown}" if names else ""))
+        lines.append(f"agents that use it: {len(names)}" + (f": {shown}" if names else ""))
     if result["missing"]:
-        lines.append(f"{result['missing']} links are missing, each marked with ! above")
+        lines.append(f"missing links: {result['missing']}, each marked with ! above")
     return "\n".join(lines)
+
+
+def _asked_kinds(tree: dict[str, Any]) -> list[str]:
+    below = [kind for made in tree["made"] for kind in _asked_kinds(made)]
+    return [tree["kind"], *below] if tree["is_asked"] else below
 
 
 def _lines(node: dict[str, Any], first: str, rest: str) -> Iterator[str]:
@@ -229,16 +237,19 @@ def _words(node: dict[str, Any]) -> str:
     facts = node["facts"]
     if node["kind"] == "data":
         player = facts.get("policy_uri") or facts.get("policy") or "nobody knows whom"
-        what = f"{facts.get('frames', '?')} frames of {facts.get('game', '?')}, played by {player}"
+        what = f"{facts.get('frames', 0):,} frames of {facts.get('game', '?')}, played by {player}"
         return f"data {node['key'][:12]}: {what}, at {facts.get('uri')}"
     figures = {
         "encoder": [("bits_per_dim", "{:.3f} bits/dim")],
-        "agent": [("mode", "{}"), ("agent_steps", "{} agent steps")],
-        "evaluation": [("mean_return", "{:.2f} points"), ("episodes", "in {} games of"), ("policy.address", "{}")],
+        "agent": [("mode", "{}"), ("agent_steps", "{:,} agent steps")],
+        "evaluation": [("mean_return", "{:.2f} points"), ("episodes", "{} games")],
     }[node["kind"]]
     known = [text.format(facts[key]) for key, text in figures if facts.get(key) is not None]
     runs = [f"run {run['name']} ({run['status'].lower()})" for run in node["runs"]]
-    return f"{node['kind']} {_name(node)}: {', '.join(known + runs) or 'nothing is recorded'}"
+    if node["kind"] == "evaluation" and str(facts.get("policy.address")).startswith("random:"):
+        known.append(f"agent {facts['policy.address']}")
+    name = f" {_name(node)}" if node["kind"] != "evaluation" else ""
+    return f"{node['kind']}{name}: {', '.join(known + runs) or 'nothing is recorded'}"
 
 
 def _name(node: dict[str, Any]) -> str:

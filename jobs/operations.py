@@ -9,7 +9,7 @@ from jobs.options import Options, Result, facts, places, stage, workspace_of
 
 def add_operations(commands: Any) -> None:
     """Adds every operation to the command line."""
-    for add in (_lineage, _sync):
+    for add in (_lineage, _gc, _sync):
         add(commands)
 
 
@@ -31,6 +31,33 @@ def _lineage(commands: Any) -> None:
     )
     p = stage(commands, "lineage", "say what was made from what", details, run, present)
     p.add_argument("asked", metavar="RUN_OR_MODEL", help="where to start")
+    places(p)
+
+
+def _gc(commands: Any) -> None:
+    def run(o: Options) -> Result:
+        from jobs import gc
+
+        return gc.run(workspace_of(o), delete=o.delete, finished=o.finished, versions=o.versions)
+
+    def present(r: Result) -> str:
+        from jobs import gc
+
+        return gc.present(r)
+
+    details = (
+        "Says what it would remove, with sizes and why; --delete removes it. It takes checkpoints of finished runs\n"
+        "that --resume does not take, what killed processes left, cached bundles that no run here uses and no alias\n"
+        "means, and the files of deleted model versions. Runs at work or not yet delivered are left alone."
+    )
+    p = stage(commands, "gc", "remove what no alias, run or checkpoint needs", details, run, present)
+    p.add_argument("--delete", action="store_true", help="remove; without it nothing is changed")
+    p.add_argument(
+        "--finished", action="store_true", help="also checkpoints that could make a finished training longer"
+    )
+    p.add_argument(
+        "--versions", action="store_true", help="also model versions without alias that no run or version uses"
+    )
     places(p)
 
 

@@ -14,7 +14,7 @@ from jobs.cluster import ray_session
 from jobs.progress import Progress, progress
 from jobs.recipes import PretrainRecipe
 from jobs.settings import save_resolved, to_dict
-from jobs.workspace import Workspace
+from jobs.workspace import BUNDLE_FOLDER, CHECKPOINTS_FOLDER, RESULT_FILE, Workspace
 from pipeline.artifact import load_model
 from pipeline.errors import UserError
 from pipeline.order import ReadingOrder
@@ -24,11 +24,8 @@ from pipeline.store import FramesDataset
 from pipeline.stream import sample_frames
 from pipeline.train import PretrainResult, cpus_needed, num_steps, pretrain
 
-CHECKPOINTS_FOLDER = "checkpoints"
-BUNDLE_FOLDER = "bundle"
 PICTURES_FOLDER = "pictures"
 METRICS_FILE = "metrics.jsonl"
-RESULT_FILE = "result.json"
 NUM_PICTURED = 512
 NUM_EXAMPLES = 4
 

@@ -14,13 +14,11 @@ from typing import Any
 
 import yaml
 
-from jobs.workspace import Workspace
+from jobs.workspace import BUNDLE_FOLDER, POLICY_FOLDER, RESULT_FILE, Workspace
 from pipeline import bundle
 from pipeline.errors import UserError
 from pipeline.tracking import RunRecord
 
-POLICY_FOLDER = "policy"
-ENCODER_FOLDER = "bundle"
 RANDOM_PREFIX = "random:"
 
 
@@ -53,7 +51,7 @@ class RunFolder:
     @cached_property
     def result(self) -> dict[str, Any]:
         """What the stage gave at its end; empty when it has not ended."""
-        path = self.path / "result.json"
+        path = self.path / RESULT_FILE
         return dict(json.loads(path.read_text())) if path.is_file() else {}
 
     def yaml(self, name: str) -> dict[str, Any]:
@@ -98,7 +96,7 @@ class Relatives:
     @property
     def preprocess(self) -> dict[str, Any]:
         """The record of how frames are made, of the policy or else of the encoder; empty without either."""
-        holders = [self.policy, self.pretrain.path / ENCODER_FOLDER if self.pretrain else None]
+        holders = [self.policy, self.pretrain.path / BUNDLE_FOLDER if self.pretrain else None]
         files = [holder / "preprocess.json" for holder in holders if holder]
         return next((dict(json.loads(file.read_text())) for file in files if file.is_file()), {})
 

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.cluster import ray_session
+from jobs.garbage import removal_note
 from jobs.progress import progress
 from jobs.settings import load_resolved, save_resolved, to_dict
-from jobs.workspace import Workspace
+from jobs.workspace import CHECKPOINT_FOLDER, POLICY_FOLDER, RESULT_FILE, Workspace
 from pipeline import models
 from pipeline.artifact import load_preprocess
 from pipeline.atari import preprocess_for
@@ -33,10 +34,7 @@ from rllib_ext.settings import MODES, DQNSettings, QConfig
 if TYPE_CHECKING:
     from jobs.recipes import TrainRecipe
 
-POLICY_FOLDER = "policy"
-CHECKPOINT_FOLDER = "checkpoint"
 METRICS_FILE = "metrics.jsonl"
-RESULT_FILE = "result.json"
 START_FILE = "start.json"  # the encoder's hashes before the first update
 RECORD_EVERY_S = 2.0
 
@@ -225,8 +223,9 @@ def _run_name(plan: Training) -> str:
 def _folder_to_resume(workspace: Workspace, plan: Training) -> Path:
     folder = workspace.latest_run_folder(_run_name(plan))
     if folder is None or find_checkpoint(folder / CHECKPOINT_FOLDER) is None:
+        removed = removal_note(folder) if folder is not None else ""
         raise UserError(
-            f"there is no {_run_name(plan)} run with a checkpoint under {workspace.runs}; leave out --resume"
+            f"there is no {_run_name(plan)} run with a checkpoint under {workspace.runs}{removed}; leave out --resume"
         )
     before = load_resolved(folder)
     now = to_dict(plan)
@@ -267,7 +266,8 @@ class _Session:
         try:
             if is_resumed:
                 checkpoint = find_checkpoint(self._folder / CHECKPOINT_FOLDER)
-                assert checkpoint is not None
+                if checkpoint is None:
+                    raise UserError(f"the checkpoint of {self._folder.name} has just gone{removal_note(self._folder)}")
                 algorithm.restore_from_path(checkpoint)
                 self._forget_after(algorithm.agent_steps)
             before = self._hashes_before(algorithm)

@@ -14,6 +14,13 @@ HOME_VARIABLE = "LATENTRL_HOME"
 PIPELINE_VARIABLE = "LATENTRL_PIPELINE"
 DEFAULT_HOME = "latentrl-runs"
 
+# What lies in a run's folder.
+RESULT_FILE = "result.json"  # what the stage gave at its end; absent until then
+BUNDLE_FOLDER = "bundle"  # pretrain: the encoder
+CHECKPOINTS_FOLDER = "checkpoints"  # pretrain: Ray Train's
+POLICY_FOLDER = "policy"  # train: the agent
+CHECKPOINT_FOLDER = "checkpoint"  # train: learner and replay
+
 
 @dataclass(frozen=True)
 class Workspace:

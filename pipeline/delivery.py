@@ -33,6 +33,7 @@ MAX_DATASET_DIGEST_CHARS = 36
 
 OPERATION_TAG = "latentrl.operation"
 SHA256_TAG = "bundle_sha256"
+BYTES_TAG = "bundle_bytes"
 KIND_TAG = "kind"
 BUNDLE_DIRECTORY = "artifacts/bundle"
 CHAMPION, LATEST = "champion", "latest"

@@ -53,6 +53,11 @@ class Records:
         if self.experiments:
             yield from self._pages(lambda at: server.search_runs(self.client, self.experiments, condition, PAGE, at))
 
+    def has_deleted_runs(self) -> bool:
+        """Whether there are runs that are deleted but not yet for good."""
+        page = self._ask(lambda: server.search_runs(self.client, self.experiments, "", 1, None, "DELETED_ONLY"))
+        return bool(self.experiments) and len(page) > 0
+
     def runs_tagged(self, key: str, values: set[str]) -> Iterator[MlflowRun]:
         """All runs whose tag has one of these values."""
         yield from _tagged(self.runs, key, values, lambda run: run.data.tags)

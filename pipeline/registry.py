@@ -20,7 +20,7 @@ import numpy.typing as npt
 from pipeline import server
 from pipeline.artifact import load_encoder
 from pipeline.bundle import verify
-from pipeline.delivery import BUNDLE_DIRECTORY, KIND_TAG, SHA256_TAG, save_served_encoder
+from pipeline.delivery import BUNDLE_DIRECTORY, BYTES_TAG, KIND_TAG, SHA256_TAG, save_served_encoder
 from pipeline.errors import TrackingPending, UserError
 from pipeline.journal import Body
 from pipeline.outbox import Unreachable, read_results
@@ -220,6 +220,7 @@ def registrations(folder: Path) -> list[Registered]:
 
 def _register(run: Run, name: str, staged: Path, tags: dict[str, str], *, promote: bool) -> Registered | None:
     run.set_tags({SHA256_TAG: tags[SHA256_TAG]})  # which run made a bundle, also where no version comes of it
+    tags = {**tags, BYTES_TAG: str(sum(file.stat().st_size for file in staged.rglob("*") if file.is_file()))}
     seq = run.outbox.append("register", {"name": name, "path": str(staged), "tags": tags, "promote": promote})
     if seq is None or not run.outbox.wait(seq, REGISTER_PATIENCE_S):
         return None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import fcntl
 import logging
+import os
 import re
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
     from pipeline.server import MlflowClient, ModelVersion
 
 Kind = Literal["encoder", "policy"]
+
+FETCH_PREFIX = "fetch-"  # in the cache: what is being downloaded
+CACHE_LOCK = ".lock"
 
 log = logging.getLogger(__name__)
 
@@ -151,18 +157,29 @@ def _versions(name: str, client: MlflowClient, where: Address) -> list[ModelVers
 def _fetch(source: str, shown: str, where: Address, cache: Path) -> tuple[Path, str]:
     """A bundle from the store into the cache; its sums are fetched first, and all when the cache has them already."""
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="fetch-", dir=cache) as scratch:
+    with tempfile.TemporaryDirectory(prefix=FETCH_PREFIX, dir=cache) as scratch:
         sums = _download(f"{source}/{bundle.SUMS_FILE}", Path(scratch), shown, where)
         target = cache / bundle.sha256_of(sums.parent)
-        if target.is_dir():
-            try:
-                return target, bundle.verify(target)
-            except UserError as error:
-                log.warning("the cached copy of %s is damaged (%s); fetched again", shown, error)
+        with locked_cache(cache):
+            if target.is_dir():
+                try:
+                    os.utime(target)  # in use: `latentrl gc` leaves it alone until a run's folder says so
+                    return target, bundle.verify(target)
+                except UserError as error:
+                    log.warning("the cached copy of %s is damaged (%s); fetched again", shown, error)
         path = _download(source, Path(scratch, "bundle"), shown, where)
         sha256 = bundle.verify(path)
-        _put(path, target)
+        with locked_cache(cache):
+            _put(path, target)
     return target, sha256
+
+
+@contextlib.contextmanager
+def locked_cache(cache: Path, *, alone: bool = False) -> Iterator[None]:
+    """Keeps `latentrl gc` from removing bundles for a moment; with `alone`, others from using them."""
+    with (cache / CACHE_LOCK).open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
 
 
 def _put(path: Path, target: Path) -> None:

@@ -34,6 +34,7 @@ USABLE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 NAME_RULE = "letters, digits, '-', '_' and '.', at most 100"
 SYSTEM_METRICS_EVERY_S = 10.0
 CLOSE_PATIENCE_S = 15.0
+LOCK_PATIENCE_S = 1.0  # `latentrl gc` holds a run's folder for as long as some renames take
 REPORTED_PACKAGES = ("latentrl", "torch", "ray", "mlflow", "numpy", "pyarrow", "ale-py")
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -211,7 +212,7 @@ class Run:
         self.folder, self.record = folder, record
         self.run_id, self.uri = record.run_id, record.uri
         self.pending = False
-        self.outbox = open_outbox(folder, record, address)
+        self.outbox = open_outbox(folder, record, address, lock_wait_s=LOCK_PATIENCE_S)
         self.outbox.start()
         self._keys_warned: set[str] = set()
         self._is_closed = False

@@ -39,12 +39,12 @@ class Maker:
         facts = toy_dataset(root, [6 + next(NUMBERS), 4]).facts()
         return {**facts, **collection}
 
-    def encoder(self, facts: dict[str, Any], name: str, **more: Any) -> tuple[str, Registered]:
+    def encoder(self, facts: dict[str, Any], name: str, bits: float = 1.0, **more: Any) -> tuple[str, Registered]:
         """The id of a pretraining run on the dataset, and the version it made."""
         with self.run("pretrain", **more) as run:
             run.log_dataset(facts, "pretrain")
             path = make_encoder(run.folder / "bundle", next(NUMBERS))
-            registered = register(run, path, name, dataset=facts)
+            registered = register(run, path, name, bits=bits, dataset=facts)
         return run.run_id, registered
 
     def agent(self, encoder: str, name: str, **more: Any) -> tuple[str, Path]:
