@@ -18,7 +18,7 @@ from pipeline.tracking import EXPERIMENT
 if TYPE_CHECKING:
     from pipeline.server import LoggedModel, MlflowRun, ModelVersion
 
-PAGE = 500
+PAGE = 200
 FEW = 12  # values that are asked for one by one; of more, all runs that have the tag are read
 
 Page = Callable[[str | None], Any]

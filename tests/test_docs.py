@@ -22,6 +22,8 @@ STAGES = (
     "evaluate",
     "report",
     "demo",
+    "lineage",
+    "gc",
     "sync",
     "recipes",
 )

@@ -11,7 +11,7 @@ import ray
 import torch
 from rl_toys import make_encoder
 
-from jobs import train
+from jobs import gc, train
 from jobs.recipes import TrainRecipe
 from jobs.workspace import Workspace
 from pipeline.atari import preprocess_for
@@ -65,6 +65,8 @@ def test_train_then_resume(workspace, tmp_path):
     policy = load_policy(result["policy"])
     assert policy.preprocess == preprocess_for("pong")
     assert policy.act(np.zeros((2, 84, 84), np.uint8), np.ones(2, bool)).shape == (2,)
+    (kept,) = gc.run(workspace, delete=True)["kept"]
+    assert (kept["what"], kept["bytes"] > 1000) == ("runs/train-pong-frozen-001/checkpoint", True)
     again = run(workspace, encoder, agent_steps=250, resume=True)
     assert again["run_id"] == result["run_id"]
     assert again["agent_steps"] >= 250
@@ -75,6 +77,11 @@ def test_train_then_resume(workspace, tmp_path):
     assert steps[-1] == again["agent_steps"]
     with pytest.raises(UserError, match=r"started with other settings \(seed: 0 then, 5 now\)"):
         run(workspace, encoder, seed=5, resume=True)
+    (gone,) = gc.run(workspace, delete=True, finished=True)["items"]
+    assert (gone["what"], gone["bytes"]) == (kept["what"], pytest.approx(kept["bytes"], rel=1))
+    with pytest.raises(UserError, match=r"that of train-pong-frozen-001 was removed by `latentrl gc` at .* UTC"):
+        run(workspace, encoder, agent_steps=350, resume=True)
+    load_policy(result["policy"])
 
 
 ROOMY = replace(RECIPE, train=RECIPE.train.replace(replay_capacity=100_000, warmup_agent_steps=100_000))
