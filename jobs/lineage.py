@@ -14,6 +14,7 @@ from jobs.workspace import Workspace
 from pipeline import bundle
 from pipeline.delivery import SHA256_TAG
 from pipeline.errors import UserError
+from pipeline.journal import num_undelivered
 from pipeline.lineage import Lineage, Node
 from pipeline.records import PAGE, Records, quoted
 from pipeline.resolve import find_version, kind_of
@@ -97,7 +98,10 @@ class _Finder:
             record = RunRecord.read(folder)
             if Address.parse(record.uri) != self._records.address:
                 raise UserError(f"run {folder.name} is tracked at {record.uri}; give --tracking-uri {record.uri}")
-            return self._run(record.run_id)
+            things = self._run(record.run_id)
+            if pending := num_undelivered(folder):
+                things[0].remarks.append(f"{pending} entries of the run are not delivered: latentrl sync {folder.name}")
+            return things
         if (folder / bundle.SUMS_FILE).is_file():
             return [self._bundle(bundle.sha256_of(folder), folder)]
         if (latents := _latents(folder)) is not None:
@@ -201,8 +205,9 @@ def _of_this_data(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def present(result: dict[str, Any]) -> str:
     """The trees, and the two questions answered in a line each."""
-    lines = [line for tree in result["trees"] for line in _lines(tree, "", "")]
     asked = [kind for tree in result["trees"] for kind in _asked_kinds(tree)]
+    mark = "   <== asked for" if len(asked) == 1 else ""
+    lines = [line for tree in result["trees"] for line in _lines(tree, "", "", mark)]
     lines.append("")
     if asked != ["data"]:
         lines.append(f"made from: {'; '.join(map(_words, result['data'])) or _why_no_data(result)}")
@@ -220,15 +225,15 @@ def _asked_kinds(tree: dict[str, Any]) -> list[str]:
     return [tree["kind"], *below] if tree["is_asked"] else below
 
 
-def _lines(node: dict[str, Any], first: str, rest: str) -> Iterator[str]:
-    yield f"{first}{_words(node)}{'   <== asked for' if node['is_asked'] else ''}"
+def _lines(node: dict[str, Any], first: str, rest: str, mark: str) -> Iterator[str]:
+    yield f"{first}{_words(node)}{mark if node['is_asked'] else ''}"
     for remark in node["remarks"]:
         yield f"{rest}   ! {remark}"
     made = node["made"]
     shown = made if len(made) <= MAX_SHOWN else made[: MAX_SHOWN - 1]
     for child in shown:
         is_last = child is made[-1]
-        yield from _lines(child, rest + ("└─ " if is_last else "├─ "), rest + ("   " if is_last else "│  "))
+        yield from _lines(child, rest + ("└─ " if is_last else "├─ "), rest + ("   " if is_last else "│  "), mark)
     if len(shown) < len(made):
         yield f"{rest}└─ and {len(made) - len(shown)} more; --json lists all"
 
