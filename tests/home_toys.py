@@ -64,19 +64,33 @@ def checkpoint(path: Path, content: str) -> None:
 
 @dataclass(frozen=True)
 class RunState:
-    """A run's folder as some history may have left it."""
+    """A run's folder as some history may have left it.
 
-    stage: str
-    name: str
-    is_finished: bool
-    done: int
-    planned: int
-    checkpoints: tuple[str, ...]
-    leftovers: tuple[str, ...]
-    is_locked: bool
-    is_pending: bool
-    foreign: str | None
-    uses: int
+    Attributes:
+        stage, name: Of the run.
+        progress: "under way", "finished", or "made longer": a training that had finished and was started for more.
+        checkpoints: What lies there of a training's.
+        leftovers: Of killed processes.
+        is_locked: A process writes it.
+        is_pending: Its journal is not delivered.
+        foreign: A folder in it where somebody has put something, and what: a file, or a link out of the home.
+        uses: Number of the bundle that it uses; 0 for none.
+    """
+
+    stage: str = "train"
+    name: str = "train-pong"
+    progress: str = "finished"
+    checkpoints: tuple[str, ...] = ("checkpoint",)
+    leftovers: tuple[str, ...] = ()
+    is_locked: bool = False
+    is_pending: bool = False
+    foreign: tuple[str, str] | None = None
+    uses: int = 0
+
+    @property
+    def is_resumable(self) -> bool:
+        """Whether the run has not done all that it was started for."""
+        return self.progress == "under way" or (self.progress == "made longer" and self.stage == "train")
 
     def make(self, runs: Path) -> Path:
         number = 1 + sum(1 for path in runs.glob(f"{self.name}-*"))
@@ -84,9 +98,11 @@ class RunState:
         folder.mkdir(parents=True)
         RunRecord("0" * 32, "1", URI, folder.name, self.stage, 0).write(folder)
         sha256 = f"  encoder_sha256: {cached(self.uses)}\n" if self.uses else ""
-        (folder / "config.yaml").write_text(f"run:\n  agent_steps: {self.planned}\n{sha256}")
-        if self.is_finished:
-            (folder / "result.json").write_text(json.dumps({"agent_steps": self.done}))
+        (folder / "config.yaml").write_text(
+            f"run:\n  agent_steps: {200 if self.progress == 'made longer' else 100}\n{sha256}"
+        )
+        if self.progress != "under way":
+            (folder / "result.json").write_text(json.dumps({"agent_steps": 104}))
         seal(folder / ("bundle" if self.stage == "pretrain" else "policy"), {"q.safetensors": b"weights"})
         self._checkpoints(folder)
         for name in self.leftovers:
@@ -97,9 +113,9 @@ class RunState:
         delivered = len(lines) // 2 if self.is_pending else len(lines)
         (folder / "outbox.done").write_text(json.dumps({"seq": 1, "offset": delivered}))
         if self.foreign:
-            (folder / self.foreign).mkdir(parents=True, exist_ok=True)
-            (folder / self.foreign / "thesis.tex").write_text("mine")
-            (folder / self.foreign / "elsewhere").symlink_to(runs.parent.parent / "outside")
+            path = folder / self.foreign[0] / self.foreign[1]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.symlink_to(runs.parent.parent / "outside") if path.name == "link" else path.write_text("mine")
         return folder
 
     def _checkpoints(self, folder: Path) -> None:
