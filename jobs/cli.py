@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from jobs import termination
+from jobs.job_commands import add_job_commands
 from jobs.operations import add_operations
 from jobs.stages import add_stages
 from pipeline import disk
@@ -46,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     root = _Parser("latentrl", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawTextHelpFormatter)
     stages = root.add_subparsers(title="stages", metavar="STAGE", required=True, parser_class=_Parser)
     add_stages(stages)
+    add_job_commands(stages)
     add_operations(stages)
     return root
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jobs.lineage import ENCODER_FOLDER, Relatives, points
+from jobs.relatives import Relatives, points
+from jobs.workspace import BUNDLE_FOLDER
 from pipeline.artifact import load_stats
 from pipeline.charts import Chart, line_chart, number, thinned
 from pipeline.registry import MIN_ACTIVE_FRACTION
@@ -44,7 +45,7 @@ FACTS = {
 
 def encoder_bundle(kin: Relatives) -> Path | None:
     """The encoder's bundle, where pretraining made it or inside of the policy."""
-    places = [kin.pretrain.path / ENCODER_FOLDER] if kin.pretrain else []
+    places = [kin.pretrain.path / BUNDLE_FOLDER] if kin.pretrain else []
     places += [kin.policy / "encoder"] if kin.policy else []
     return next((path for path in places if (path / "stats.json").is_file()), None)
 

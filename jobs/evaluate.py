@@ -121,7 +121,7 @@ def run(
         raise UserError(f"--seed is {seed}; it must not be negative")
     agent = _find_agent(workspace, policy)
     settings = _settings(agent, policy, episodes, seed, video)
-    tracking = Tracking(workspace.tracking_uri)
+    tracking = Tracking(workspace.tracking_uri, pipeline=workspace.pipeline)
     tracking.check()
     folder = workspace.new_run_folder("evaluate")
     with tracking.start_run(folder.name, stage="evaluate", folder=folder, parent_run_id=parent_run_id) as tracked:
@@ -271,8 +271,9 @@ def _metrics_by_episode(returns: Any, lengths: Any) -> list[tuple[int, dict[str,
 def _log_start(tracked: Run, settings: Evaluation, agent: Agent) -> None:
     tracked.log_params(dataclasses.asdict(settings))
     if agent.resolved:
-        tags = {"address": settings.policy, "uri": agent.resolved.uri or "", "sha256": agent.resolved.sha256}
-        tracked.set_tags({f"policy.{name}": value for name, value in tags.items()})
+        tracked.log_model_input("policy", agent.resolved)
+    else:
+        tracked.set_tags({"policy.address": settings.policy})
 
 
 def _log_end(tracked: Run, result: Mapping[str, Any], folder: Path) -> None:

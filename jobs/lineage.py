@@ -1,176 +1,267 @@
-"""Which run folders belong together: from a run to the encoder it used, the games it was judged by, and back."""
+"""`latentrl lineage RUN_OR_MODEL`: which data made this agent, which agents use this encoder."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from jobs.workspace import Workspace
 from pipeline import bundle
+from pipeline.delivery import SHA256_TAG
 from pipeline.errors import UserError
-from pipeline.tracking import RunRecord
+from pipeline.journal import num_undelivered
+from pipeline.lineage import Lineage, Node
+from pipeline.records import PAGE, Records, quoted
+from pipeline.resolve import find_version, kind_of
+from pipeline.schema import MANIFEST_FILE
+from pipeline.server import Address
+from pipeline.store import FramesDataset
+from pipeline.tracking import PIPELINE_STAGE, RUN_FILE, RunRecord
 
-POLICY_FOLDER = "policy"
-ENCODER_FOLDER = "bundle"
-RANDOM_PREFIX = "random:"
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """One run as it lies on disk.
-
-    Attributes:
-        path: The folder.
-        record: Its MLflow ids, stage and start.
-    """
-
-    path: Path
-    record: RunRecord
-
-    @classmethod
-    def read(cls, path: Path) -> RunFolder:
-        """Reads a run's folder.
-
-        Raises:
-            UserError: Not a run's folder.
-        """
-        return cls(path, RunRecord.read(path))
-
-    @property
-    def name(self) -> str:
-        """The folder's name, for instance train-001."""
-        return self.path.name
-
-    @cached_property
-    def result(self) -> dict[str, Any]:
-        """What the stage gave at its end; empty when it has not ended."""
-        path = self.path / "result.json"
-        return dict(json.loads(path.read_text())) if path.is_file() else {}
-
-    def yaml(self, name: str) -> dict[str, Any]:
-        """A YAML file of the run; empty when there is none."""
-        path = self.path / name
-        return dict(yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}
-
-    def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; a last line that a killed run left unfinished is dropped."""
-        path = self.path / "metrics.jsonl"
-        lines = path.read_text().split("\n")[:-1] if path.is_file() else []
-        return [json.loads(line) for line in lines if line.strip()]
-
-    def bundle_sha256(self, folder: str) -> str | None:
-        """Hash of a bundle inside of the run, or None when it has none."""
-        return _sha256_of(self.path / folder)
+RUN_ID = re.compile(r"[0-9a-f]{32}")
+HASH = re.compile(r"[0-9a-f]{8,64}")
+MAX_SHOWN = 20
 
 
-@dataclass(frozen=True)
-class Relatives:
-    """The runs that a page shows together; any may be absent.
-
-    Attributes:
-        train: Made the policy.
-        evaluation: Whole games by that policy.
-        random: Whole games by the random agent, on the same game under the same protocol.
-        pretrain: Made the encoder.
-        policy: The policy's bundle.
-    """
-
-    train: RunFolder | None = None
-    evaluation: RunFolder | None = None
-    random: RunFolder | None = None
-    pretrain: RunFolder | None = None
-    policy: Path | None = None
-
-    @property
-    def policy_config(self) -> dict[str, Any]:
-        """The policy's config.json; empty without a policy."""
-        return dict(json.loads((self.policy / "config.json").read_text())) if self.policy else {}
-
-    @property
-    def preprocess(self) -> dict[str, Any]:
-        """The record of how frames are made, of the policy or else of the encoder; empty without either."""
-        holders = [self.policy, self.pretrain.path / ENCODER_FOLDER if self.pretrain else None]
-        files = [holder / "preprocess.json" for holder in holders if holder]
-        return next((dict(json.loads(file.read_text())) for file in files if file.is_file()), {})
-
-
-def points(metrics: Iterable[dict[str, Any]], key: str) -> list[tuple[float, float]]:
-    """(step, value) of the lines that hold a number under `key`."""
-    return [(line["step"], line[key]) for line in metrics if isinstance(line.get(key), int | float)]
-
-
-def _sha256_of(path: Path) -> str | None:
-    return bundle.sha256_of(path) if (path / bundle.SUMS_FILE).is_file() else None
-
-
-def find_relatives(run: RunFolder, workspace: Workspace) -> Relatives:
-    """Finds what belongs to a train, evaluate or pretrain run among all run folders, by the hashes of bundles.
+def run(workspace: Workspace, asked: str) -> dict[str, Any]:
+    """Finds what a thing was made from and what was made from it.
 
     Args:
-        run: Where to start.
-        workspace: Where the other runs are, and the bundles that came from the registry.
+        workspace: Where the tracking server is, and the runs that are known by a folder's name.
+        asked: An MLflow run id, a run's folder or name, a pipeline's name; `models:/NAME/3`, `models:/NAME@alias`, a
+            bundle's folder; a dataset's folder, address or digest; or the beginning of a hash.
+
+    Returns:
+        asked; trees: the things at the top, each with what was made from it under `made`; data: that `asked` was made
+        from, the nearest first; agents: that use it, if it is an encoder or data, as it is and not by way of data that
+        an agent has played since; missing: how many links are, each told in its thing's `remarks`.
 
     Raises:
-        UserError: The run is of another stage.
+        UserError: Nothing of that name, or the server does not answer.
     """
-    others = list(_newest_first(workspace.runs))
-    if run.record.stage == "pretrain":
-        return Relatives(pretrain=run)
-    if run.record.stage == "train":
-        return _of_train(run, others)
-    if run.record.stage == "evaluate":
-        return _of_evaluation(run, others, workspace.cache)
-    raise UserError(
-        f"{run.name} is a run of stage {run.record.stage}; a report is made of a train, evaluate or pretrain run"
-    )
+    lineage = Lineage(Records(workspace.tracking_uri))
+    focus = _Finder(lineage, workspace).find(asked)
+    lineage.ascend(focus)
+    if len(focus) == 1:  # several are the runs that one gathers, and the answer is these
+        lineage.descend(focus)
+    lineage.finish()
+    return _answer(lineage, asked, {node.key for node in focus})
 
 
-def _newest_first(runs: Path) -> Iterator[RunFolder]:
-    found = [RunFolder.read(path.parent) for path in runs.glob("*/run.json")]
-    yield from sorted(found, key=lambda run: run.record.started_ms, reverse=True)
+class _Finder:
+    """From what the user typed to things in a lineage."""
+
+    def __init__(self, lineage: Lineage, workspace: Workspace) -> None:
+        self._lineage, self._records, self._workspace = lineage, lineage.records, workspace
+
+    def find(self, asked: str) -> list[Node]:
+        """The thing that is meant, or the things that the runs nested under a run made."""
+        if asked.startswith("models:"):
+            return [self._version(asked)]
+        if asked.startswith("runs:/"):
+            return self._run(asked.removeprefix("runs:/").strip("/").partition("/")[0])
+        if "://" in asked:
+            return [self._lineage.add_data(FramesDataset.open(asked).facts())]
+        for folder in (Path(asked).expanduser().absolute(), self._workspace.runs / asked):
+            if folder.is_dir():
+                return self._folder(folder)
+        if RUN_ID.fullmatch(asked) and self._records.run(asked) is not None:
+            return self._run(asked)
+        return self._hash(asked) if HASH.fullmatch(asked) else self._named(asked)
+
+    def _version(self, address: str) -> Node:
+        version = find_version(address, self._records.client, self._records.address)
+        node = self._lineage.add_version(version)
+        if node is None:
+            raise UserError(f"{address} was not registered by latentrl: nothing is recorded of what it was made from")
+        return node
+
+    def _run(self, run_id: str) -> list[Node]:
+        found = self._records.run(run_id)
+        if found is None:
+            raise UserError(
+                f"there is no run {run_id} at {self._records.address.uri}; it is deleted for good or elsewhere"
+            )
+        node = self._lineage.add_run(found)
+        things = [node] if node is not None else self._lineage.add_children(run_id)
+        if not things:
+            raise UserError(f"run {found.info.run_name} makes nothing itself and has no runs nested under it")
+        return things
+
+    def _folder(self, folder: Path) -> list[Node]:
+        if (folder / RUN_FILE).is_file():
+            record = RunRecord.read(folder)
+            if Address.parse(record.uri) != self._records.address:
+                raise UserError(f"run {folder.name} is tracked at {record.uri}; give --tracking-uri {record.uri}")
+            things = self._run(record.run_id)
+            if pending := num_undelivered(folder):
+                things[0].remarks.append(f"{pending} entries of the run are not delivered: latentrl sync {folder.name}")
+            return things
+        if (folder / bundle.SUMS_FILE).is_file():
+            return [self._bundle(bundle.sha256_of(folder), folder)]
+        if (latents := _latents(folder)) is not None:
+            known = self._lineage.add_bundles({latents["encoder"]})
+            return known or [self._lineage.nodes.setdefault(latents["encoder"], Node("encoder", latents["encoder"]))]
+        return [self._lineage.add_data(FramesDataset.open(str(folder)).facts())]
+
+    def _bundle(self, sha256: str, folder: Path) -> Node:
+        """What is on record of a bundle on this machine, or else what it says of itself."""
+        known = self._lineage.add_bundles({sha256})
+        return known[0] if known else self._lineage.nodes.setdefault(sha256, _unrecorded(sha256, folder))
+
+    def _hash(self, beginning: str) -> list[Node]:
+        for tag in ("dataset.digest", SHA256_TAG):
+            condition = f"tags.`{tag}` LIKE '{beginning}%'"
+            for run in islice(self._records.runs(condition), PAGE):
+                self._lineage.add_run(run)
+            for version in islice(self._records.versions(condition), PAGE):
+                self._lineage.add_version(version)
+        found = [node for node in self._lineage.nodes.values() if node.key.startswith(beginning)]
+        if len(found) > 1:
+            raise UserError(f"{beginning} begins {_listed(node.key for node in found)}; give more of it")
+        return found or self._named(beginning)
+
+    def _named(self, name: str) -> list[Node]:
+        found = list(islice(self._records.runs(f"attributes.run_name = {quoted(name)}"), PAGE))
+        if not found:
+            raise UserError(
+                f"there is no run {name!r} at {self._records.address.uri} or under {self._workspace.runs}, and no "
+                f"bundle or dataset; give a run's name or id, models:/NAME/3, a folder or a hash"
+            )
+        if len(found) > 1 and any(run.data.tags.get("stage") != PIPELINE_STAGE for run in found):
+            raise UserError(f"several runs are called {name}: {_listed(run.info.run_id for run in found)}; give an id")
+        return [node for run in found for node in self._run(run.info.run_id)]
 
 
-def _of_train(train: RunFolder, others: list[RunFolder]) -> Relatives:
-    sha256 = train.bundle_sha256(POLICY_FOLDER)
-    played = [run for run in _of_stage("evaluate", others) if sha256 and run.result.get("policy_sha256") == sha256]
-    filmed = [run for run in played if run.result.get("video")]
-    evaluation = next(iter(filmed + played), None)
-    policy = train.path / POLICY_FOLDER if sha256 else None
-    return _complete(Relatives(train=train, evaluation=evaluation, policy=policy), others)
+def _latents(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a dataset of latents; None of another folder."""
+    path = folder / MANIFEST_FILE
+    try:
+        manifest = json.loads(path.read_text()) if path.is_file() else None
+    except ValueError:
+        return None  # which opening it as a dataset of frames reports
+    return manifest if isinstance(manifest, dict) and "encoder" in manifest else None
 
 
-def _of_evaluation(evaluation: RunFolder, others: list[RunFolder], cache: Path) -> Relatives:
-    sha256 = evaluation.result.get("policy_sha256")
-    if sha256 is None:
-        return Relatives(random=evaluation)
-    makers = (run for run in _of_stage("train", others) if run.bundle_sha256(POLICY_FOLDER) == sha256)
-    train = next(makers, None)
-    places = [train.path / POLICY_FOLDER] if train else [Path(evaluation.result["policy"]), cache / sha256]
-    policy = next((path for path in places if _sha256_of(path) == sha256), None)
-    return _complete(Relatives(train=train, evaluation=evaluation, policy=policy), others)
+def _unrecorded(sha256: str, folder: Path) -> Node:
+    """A bundle that the server knows nothing of, by its own files."""
+    facts: dict[str, Any] = {"address": str(folder)}
+    if kind_of(folder, str(folder)) == "encoder":
+        return Node("encoder", sha256, facts=facts)
+    config = json.loads((folder / "config.json").read_text())
+    return Node("agent", sha256, (config.get("encoder") or {}).get("sha256"), {**facts, "mode": config.get("mode")})
 
 
-def _complete(known: Relatives, others: list[RunFolder]) -> Relatives:
-    """Adds the random agent's games and the encoder's pretraining."""
-    rules = {key: known.preprocess.get(key) for key in ("game", "protocol")}
-    if known.evaluation:
-        rules = {key: known.evaluation.result.get(key) for key in rules}
-    random = (
-        run
-        for run in _of_stage("evaluate", others)
-        if str(run.result.get("policy", "")).startswith(RANDOM_PREFIX)
-        and all(run.result.get(key) == value for key, value in rules.items())
-    )
-    encoder = (known.policy_config.get("encoder") or {}).get("sha256")
-    pretrain = (run for run in _of_stage("pretrain", others) if encoder and run.result.get("sha256") == encoder)
-    return Relatives(known.train, known.evaluation, next(random, None), next(pretrain, None), known.policy)
+def _listed(keys: Iterable[str]) -> str:
+    shown = list(islice(keys, 6))
+    return ", ".join(shown[:5]) + (" and others" if len(shown) > 5 else "")
 
 
-def _of_stage(stage: str, runs: Iterable[RunFolder]) -> list[RunFolder]:
-    return [run for run in runs if run.record.stage == stage]
+def _answer(lineage: Lineage, asked: str, keys: set[str]) -> dict[str, Any]:
+    nodes = lineage.nodes
+    made_from = list(dict.fromkeys(key for start in keys for key in lineage.line(start)))
+    trees = [_tree(lineage, node, keys) for node in nodes.values() if node.origin not in nodes]
+    users = {node["key"] for tree in trees for top in _topmost(tree, keys) for node in _of_this_data(top)}
+    return {
+        "asked": asked,
+        "trees": trees,
+        "data": [_described(nodes[key], keys) for key in made_from if nodes[key].kind == "data"],
+        "agents": [_described(node, keys) for key, node in nodes.items() if key in users and node.kind == "agent"],
+        "missing": sum(len(node.remarks) for node in nodes.values()),
+    }
+
+
+def _described(node: Node, keys: set[str]) -> dict[str, Any]:
+    described = dataclasses.asdict(node)
+    del described["origin"]
+    return {**described, "is_asked": node.key in keys}
+
+
+def _tree(lineage: Lineage, node: Node, keys: set[str]) -> dict[str, Any]:
+    return {**_described(node, keys), "made": [_tree(lineage, made, keys) for made in lineage.made_from(node.key)]}
+
+
+def _topmost(tree: dict[str, Any], keys: set[str]) -> Iterator[dict[str, Any]]:
+    """The things that were asked for in a tree, but not those below one."""
+    if tree["key"] in keys:
+        yield tree
+        return
+    for made in tree["made"]:
+        yield from _topmost(made, keys)
+
+
+def _of_this_data(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A thing and what was made from it, but for what came of data that an agent played."""
+    yield tree
+    for made in tree["made"]:
+        if made["kind"] != "data":
+            yield from _of_this_data(made)
+
+
+def present(result: dict[str, Any]) -> str:
+    """The trees, and the two questions answered in a line each."""
+    asked = [kind for tree in result["trees"] for kind in _asked_kinds(tree)]
+    mark = "   <== asked for" if len(asked) == 1 else ""
+    lines = [line for tree in result["trees"] for line in _lines(tree, "", "", mark)]
+    lines.append("")
+    if asked != ["data"]:
+        lines.append(f"made from: {'; '.join(map(_words, result['data'])) or _why_no_data(result)}")
+    if asked in (["data"], ["encoder"]):
+        names = [_name(agent) for agent in result["agents"]]
+        shown = ", ".join(names[:MAX_SHOWN]) + (f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else "")
+        lines.append(f"agents that use it: {len(names)}" + (f": {shown}" if names else ""))
+    if result["missing"]:
+        lines.append(f"missing links: {result['missing']}, each marked with ! above")
+    return "\n".join(lines)
+
+
+def _asked_kinds(tree: dict[str, Any]) -> list[str]:
+    below = [kind for made in tree["made"] for kind in _asked_kinds(made)]
+    return [tree["kind"], *below] if tree["is_asked"] else below
+
+
+def _lines(node: dict[str, Any], first: str, rest: str, mark: str) -> Iterator[str]:
+    yield f"{first}{_words(node)}{mark if node['is_asked'] else ''}"
+    for remark in node["remarks"]:
+        yield f"{rest}   ! {remark}"
+    made = node["made"]
+    shown = made if len(made) <= MAX_SHOWN else made[: MAX_SHOWN - 1]
+    for child in shown:
+        is_last = child is made[-1]
+        yield from _lines(child, rest + ("└─ " if is_last else "├─ "), rest + ("   " if is_last else "│  "), mark)
+    if len(shown) < len(made):
+        yield f"{rest}└─ and {len(made) - len(shown)} more; --json lists all"
+
+
+def _words(node: dict[str, Any]) -> str:
+    facts = node["facts"]
+    if node["kind"] == "data":
+        player = facts.get("policy_uri") or facts.get("policy") or "nobody knows whom"
+        what = f"{facts.get('frames', 0):,} frames of {facts.get('game', '?')}, played by {player}"
+        return f"data {node['key'][:12]}: {what}, at {facts.get('uri')}"
+    figures = {
+        "encoder": [("bits_per_dim", "{:.3f} bits/dim")],
+        "agent": [("mode", "{}"), ("agent_steps", "{:,} agent steps")],
+        "evaluation": [("mean_return", "{:.2f} points"), ("episodes", "{} games")],
+    }[node["kind"]]
+    known = [text.format(facts[key]) for key, text in figures if facts.get(key) is not None]
+    runs = [f"run {run['name']} ({run['status'].lower()})" for run in node["runs"]]
+    if node["kind"] == "evaluation" and str(facts.get("policy.address")).startswith("random:"):
+        known.append(f"agent {facts['policy.address']}")
+    name = f" {_name(node)}" if node["kind"] != "evaluation" else ""
+    return f"{node['kind']}{name}: {', '.join(known + runs) or 'nothing is recorded'}"
+
+
+def _name(node: dict[str, Any]) -> str:
+    versions = [f"{uri} ({', '.join(names)})" if names else uri for uri, names in node["versions"].items()]
+    return " = ".join(versions) or str(node["facts"].get("address") or node["key"][:12])
+
+
+def _why_no_data(result: dict[str, Any]) -> str:
+    is_pixels = any(tree["facts"].get("mode") == "pixels" for tree in result["trees"])
+    return "no data: it learned from pixels" if is_pixels else "it is not known: see what is missing"

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from jobs.workspace import DEFAULT_HOME, HOME_VARIABLE, Workspace
+from jobs.workspace import DEFAULT_HOME, HOME_VARIABLE, PIPELINE_VARIABLE, Workspace
 
 Options = argparse.Namespace
 Result = dict[str, Any]
@@ -76,9 +76,19 @@ def places(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ray-address", help="running Ray cluster (HOST:PORT or auto) instead of a local one")
 
 
+def gathered(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that gathers the runs of several commands under one."""
+    parser.add_argument(
+        "--pipeline",
+        metavar="NAME",
+        help=f"nest this run in MLflow under the run NAME, made if need be (${PIPELINE_VARIABLE})",
+    )
+
+
 def workspace_of(options: Options) -> Workspace:
     """The places that the options name."""
-    return Workspace.at(options.home, options.tracking_uri, options.ray_address)
+    given = (getattr(options, name, None) for name in ("home", "tracking_uri", "ray_address", "pipeline"))
+    return Workspace.at(*given)
 
 
 def facts(result: Result, *keys: str) -> str:

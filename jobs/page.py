@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jobs.encoder_section import Remarks, encoder_bundle, encoder_curve, encoder_facts, encoder_pictures
-from jobs.lineage import RANDOM_PREFIX, Relatives, RunFolder, points
+from jobs.relatives import RANDOM_PREFIX, Relatives, RunFolder, points
 from jobs.workspace import Workspace
 from pipeline.artifact import load_stats
 from pipeline.charts import Chart, Series, line_chart, number, recent_mean, score, thinned

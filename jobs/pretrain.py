@@ -17,7 +17,7 @@ from jobs.recipes import PretrainRecipe
 from jobs.resuming import Earlier, earlier_run
 from jobs.settings import save_resolved, to_dict
 from jobs.termination import deferred
-from jobs.workspace import Workspace
+from jobs.workspace import BUNDLE_FOLDER, CHECKPOINTS_FOLDER, RESULT_FILE, Workspace
 from pipeline.artifact import load_model
 from pipeline.disk import write_text
 from pipeline.order import ReadingOrder
@@ -27,10 +27,7 @@ from pipeline.store import FramesDataset
 from pipeline.stream import STREAM_BYTES, sample_frames
 from pipeline.train import RECORD_FILE, PretrainResult, cpus_needed, num_steps, pretrain
 
-CHECKPOINTS_FOLDER = "checkpoints"
-BUNDLE_FOLDER = "bundle"
 PICTURES_FOLDER = "pictures"
-RESULT_FILE = "result.json"
 NUM_PICTURED = 512
 NUM_EXAMPLES = 4
 
@@ -69,7 +66,7 @@ def run(
     dataset = FramesDataset.open(data if "://" in data else str(Path(data).expanduser().absolute()))
     total_steps = num_steps(recipe.train, dataset)
     dataset.require_sound_files()
-    tracking = Tracking(workspace.tracking_uri)
+    tracking = Tracking(workspace.tracking_uri, pipeline=workspace.pipeline)
     tracking.check()
     earlier = Earlier()
     if resume or resume_if_any:
@@ -82,7 +79,7 @@ def run(
         ray_session(workspace, needs={"CPU": cpus_needed(recipe.train)}, what=what, object_bytes=STREAM_BYTES),
         _open_run(workspace, tracking, recipe, register, earlier.folder, parent_run_id) as opened,
     ):
-        opened.log_dataset(dataset.uri, dataset.preprocess.game, dataset.digest, "pretrain")
+        opened.log_dataset(dataset.facts(), "pretrain")
         session = _Session(opened, recipe, dataset, is_resumed=earlier.folder is not None)
         result = session.run(register, total_steps, promote=promote)
     return opened.delivered(result)
@@ -135,6 +132,7 @@ class _Session:
             has_heldout=trained.has_heldout,
             promote=promote,
             example_frames=frames[:NUM_EXAMPLES],
+            dataset=self._dataset.facts(),
         )
         result = self._result(trained, registered, time.monotonic() - began)
         write_text(self._folder / RESULT_FILE, json.dumps(result, indent=1) + "\n")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jobs.lineage import RunFolder, find_relatives
 from jobs.page import page_content
+from jobs.relatives import RunFolder, find_relatives
 from jobs.workspace import Workspace
 from pipeline.errors import TrackingPending
 from pipeline.outbox import Outbox

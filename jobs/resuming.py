@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from jobs import sync
+from jobs.garbage import removal_note
 from jobs.settings import load_resolved
-from jobs.workspace import Workspace
+from jobs.workspace import RESULT_FILE, Workspace
 from pipeline.errors import UserError
 
 Result = dict[str, Any]
@@ -59,7 +60,8 @@ def earlier_run(
     folder = workspace.latest_run_folder(name)
     if folder is None or not has_started(folder):
         if is_required:
-            raise UserError(f"there is no {name} run under {workspace.runs} to go on with; leave out --resume")
+            removed = removal_note(folder) if folder is not None else ""
+            raise UserError(f"there is no {name} run under {workspace.runs} to go on with{removed}; leave out --resume")
         return Earlier()
     changed = _changed(folder, settings, extended_by)
     done = _result(folder)
@@ -89,5 +91,5 @@ def _changed(folder: Path, settings: Mapping[str, Any], extended_by: str | None)
 
 
 def _result(folder: Path) -> Result | None:
-    path = folder / sync.RESULT_FILE
+    path = folder / RESULT_FILE
     return json.loads(path.read_text()) if path.is_file() else None

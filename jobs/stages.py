@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jobs.options import Options, Result, facts, places, seed, share, stage, workspace_of
+from jobs.options import Options, Result, facts, gathered, places, seed, share, stage, workspace_of
 from pipeline.protocols import PROTOCOLS, RESOLUTIONS
 
 EVALUATED = ("mean_return", "ci95_low", "ci95_high", "episodes", "human_normalised")
@@ -152,6 +152,7 @@ def _pretrain(stages: Any) -> None:
     p.add_argument("--register", required=True, metavar="NAME", help="name of the registered model")
     p.add_argument("--promote", action="store_true", help="set alias champion whatever the present one's figures")
     _resume_options(p)
+    gathered(p)
     places(p)
 
 
@@ -222,6 +223,7 @@ def _train(stages: Any) -> None:
     p.add_argument("--seed", type=seed, default=0)
     p.add_argument("--register", metavar="NAME", help="name of the registered policy (GAME-agent)")
     _resume_options(p)
+    gathered(p)
     places(p)
 
 
@@ -240,6 +242,7 @@ def _evaluate(stages: Any) -> None:
     p.add_argument("--episodes", type=int, default=20)
     p.add_argument("--seed", type=seed, default=0, help="episode i starts from (seed, i) alone (0)")
     p.add_argument("--video", action="store_true", help="film one game, beside what its latent holds")
+    gathered(p)
     places(p)
 
 

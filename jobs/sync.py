@@ -6,11 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jobs.workspace import Workspace
+from jobs.workspace import RESULT_FILE, Workspace
 from pipeline.disk import write_text
 from pipeline.registry import Registered, registrations, sync
-
-RESULT_FILE = "result.json"
 
 
 def run(workspace: Workspace, run: str) -> dict[str, Any]:

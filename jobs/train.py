@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.cluster import ray_session
+from jobs.garbage import removal_note
 from jobs.metrics import Metrics
 from jobs.progress import progress
 from jobs.resuming import Earlier, earlier_run
 from jobs.settings import save_resolved, to_dict
 from jobs.termination import deferred
 from jobs.training import Training
-from jobs.workspace import Workspace
+from jobs.workspace import CHECKPOINT_FOLDER, POLICY_FOLDER, RESULT_FILE, Workspace
 from pipeline import models
 from pipeline.artifact import load_preprocess
 from pipeline.atari import preprocess_for
@@ -38,9 +39,6 @@ from rllib_ext.workers import WorkersLost
 if TYPE_CHECKING:
     from jobs.recipes import TrainRecipe
 
-POLICY_FOLDER = "policy"
-CHECKPOINT_FOLDER = "checkpoint"
-RESULT_FILE = "result.json"
 START_FILE = "start.json"  # the encoder's hashes before the first update
 RECORD_EVERY_S = 2.0
 
@@ -117,7 +115,7 @@ def run(
         )
     if earlier.result is not None:
         return earlier.result
-    tracking = Tracking(workspace.tracking_uri)
+    tracking = Tracking(workspace.tracking_uri, pipeline=workspace.pipeline)
     tracking.check()
     logging.getLogger("ray.rllib").setLevel(logging.ERROR)
     logging.getLogger("ray.rllib.utils.actor_manager").setLevel(
@@ -211,12 +209,13 @@ class _Session:
     def run(self, config: LatentDQNConfig, name: str, *, is_resumed: bool) -> dict[str, Any]:
         """Trains to the end and returns the result."""
         if self._resolved is not None:
-            self._run.log_encoder_input(self._resolved.uri, self._resolved.version, self._resolved.sha256)
+            self._run.log_model_input("encoder", self._resolved)
         algorithm: LatentDQN = config.latent(run_id=self._run.run_id).build_algo()
         try:
             if is_resumed:
                 checkpoint = _checkpoint(self._folder)
-                assert checkpoint is not None
+                if checkpoint is None:
+                    raise UserError(f"the checkpoint of {self._folder.name} has just gone{removal_note(self._folder)}")
                 algorithm.restore_from_path(checkpoint)
                 self._forget_after(algorithm.agent_steps)
             before = self._hashes_before(algorithm)
@@ -296,7 +295,8 @@ class _Session:
     ) -> dict[str, Any]:
         figures = algorithm.figures()
         policy = self._write_policy(algorithm, figures)
-        registered = register_policy(self._run, policy, name, encoder=self._resolved)
+        tags = {"game": self._plan.game, "mode": self._plan.mode, "agent_steps": algorithm.agent_steps}
+        registered = register_policy(self._run, policy, name, encoder=self._resolved, tags=tags)
         has_games = math.isfinite(figures["episode_return_mean"])
         result = {
             "policy": str(policy),

@@ -11,8 +11,16 @@ from pathlib import Path
 from pipeline.errors import UserError
 
 HOME_VARIABLE = "LATENTRL_HOME"
+PIPELINE_VARIABLE = "LATENTRL_PIPELINE"
 DEFAULT_HOME = "latentrl-runs"
 JOB_VARIABLE = "LATENTRL_JOB"  # the name of the job that this process is the driver of
+
+# What lies in a run's folder.
+RESULT_FILE = "result.json"  # what the stage gave at its end; absent until then
+BUNDLE_FOLDER = "bundle"  # pretrain: the encoder
+CHECKPOINTS_FOLDER = "checkpoints"  # pretrain: Ray Train's
+POLICY_FOLDER = "policy"  # train: the agent
+CHECKPOINT_FOLDER = "checkpoint"  # train: learner and replay
 
 
 @dataclass(frozen=True)
@@ -23,14 +31,22 @@ class Workspace:
         home: Absolute path of the folder that holds everything.
         tracking_uri: MLflow's address; by default a sqlite file under `home`.
         ray_address: A running Ray cluster, or None for a local one that the command starts and stops.
+        pipeline: Name of the MLflow run under which the stages' runs are gathered, if they are.
     """
 
     home: Path
     tracking_uri: str
     ray_address: str | None = None
+    pipeline: str | None = None
 
     @classmethod
-    def at(cls, home: str | None, tracking_uri: str | None = None, ray_address: str | None = None) -> Workspace:
+    def at(
+        cls,
+        home: str | None,
+        tracking_uri: str | None = None,
+        ray_address: str | None = None,
+        pipeline: str | None = None,
+    ) -> Workspace:
         """Builds a workspace from what the user gave; the folder is made when something is first written.
 
         Raises:
@@ -44,7 +60,8 @@ class Workspace:
         path = Path(home or os.environ.get(HOME_VARIABLE) or DEFAULT_HOME).expanduser().absolute()
         if path.exists() and not path.is_dir():
             raise UserError(f"--home {path} is a file; name a folder")
-        return cls(path, tracking_uri or f"sqlite:///{path}/mlflow.db", ray_address)
+        gathered = pipeline or os.environ.get(PIPELINE_VARIABLE) or None
+        return cls(path, tracking_uri or f"sqlite:///{path}/mlflow.db", ray_address, gathered)
 
     @property
     def runs(self) -> Path:

@@ -57,9 +57,14 @@ def _reach_disk(draft: Path) -> None:
             os.fsync(file.fileno())
 
 
+def drafts(path: Path) -> list[Path]:
+    """What writers of `path` have not sealed (yet)."""
+    return sorted(path.parent.glob(f"{glob.escape(_draft_prefix(path))}*"))
+
+
 def discard_drafts(path: Path) -> None:
     """Removes what killed writers of `path` left unsealed; only for a path that no other process writes."""
-    for draft in path.parent.glob(f"{glob.escape(_draft_prefix(path))}*"):
+    for draft in drafts(path):
         shutil.rmtree(draft, ignore_errors=True)
 
 
@@ -74,6 +79,16 @@ def sha256_of(path: Path) -> str:
         UserError: Not a bundle.
     """
     return hashlib.sha256(_read_sums(path)).hexdigest()
+
+
+def listed_names(path: Path) -> set[str]:
+    """The files that a bundle consists of, SHA256SUMS included, as POSIX paths relative to it.
+
+    Raises:
+        UserError: Not a bundle.
+    """
+    lines = _read_sums(path).decode(errors="replace").splitlines()
+    return {SUMS_FILE, *(_parse(line, path)[0] for line in lines)}
 
 
 def verify(path: Path, expect_sha256: str | None = None) -> str:

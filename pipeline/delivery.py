@@ -33,6 +33,7 @@ MAX_DATASET_DIGEST_CHARS = 36
 
 OPERATION_TAG = "latentrl.operation"
 SHA256_TAG = "bundle_sha256"
+BYTES_TAG = "bundle_bytes"
 KIND_TAG = "kind"
 BUNDLE_DIRECTORY = "artifacts/bundle"
 CHAMPION, LATEST = "champion", "latest"
@@ -115,7 +116,7 @@ class Delivery:
             digest=body["digest"][:MAX_DATASET_DIGEST_CHARS],
             source_type="s3" if body["uri"].startswith("s3://") else "local",
             source=json.dumps({"uri": body["uri"]}),
-            profile=json.dumps({"digest": body["digest"]}),
+            profile=json.dumps({"digest": body["digest"], **body.get("facts", {})}),
         )
         tags = [InputTag("mlflow.data.context", body["context"])]
         self._client.log_inputs(self.run_id, datasets=[DatasetInput(dataset, tags)])

@@ -163,6 +163,22 @@ class Journal:
                 yield operation
 
 
+def num_undelivered(folder: Path) -> int:
+    """Operations of a folder's journal that have not been dealt with, by looking only; all where that is unclear."""
+    try:
+        offset = int(json.loads((folder / DONE_FILE).read_text())["offset"])
+    except (OSError, ValueError, KeyError, TypeError):
+        offset = 0
+    path = folder / JOURNAL_FILE
+    if not path.is_file():
+        return 0
+    if offset > path.stat().st_size:
+        offset = 0  # The journal is not the one that the position was written for.
+    with path.open("rb") as file:
+        file.seek(offset)
+        return sum(line.endswith(b"\n") for line in file)
+
+
 def append_line(path: Path, record: Body) -> None:
     """Appends one JSON line and forces it onto the disk."""
     with path.open("a") as file:

@@ -12,11 +12,13 @@ Files beside each other in a run's folder:
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
+import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +293,34 @@ class Outbox:
 def read_results(folder: Path) -> list[tuple[int, Body]]:
     """What the server has answered to this folder's operations: (sequence number, answer) in order."""
     return [(record["seq"], record["result"]) for record in read_lines(folder / RESULTS_FILE)]
+
+
+@contextlib.contextmanager
+def held(folder: Path, *, may_create: bool) -> Iterator[bool]:
+    """Keeps other processes from writing a run for as long as the context lasts, unless one does already.
+
+    Args:
+        folder: The run's.
+        may_create: Whether to make the file that is locked; a run that has never been opened has none.
+
+    Yields:
+        Whether the run is held; False when another process writes it.
+    """
+    try:
+        descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if may_create else 0), 0o644)
+    except FileNotFoundError:
+        yield True
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        os.close(descriptor)
 
 
 def _label(operation: Operation) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -21,13 +20,22 @@ import numpy.typing as npt
 from pipeline import server
 from pipeline.artifact import load_encoder
 from pipeline.bundle import verify
-from pipeline.delivery import BUNDLE_DIRECTORY, KIND_TAG, SHA256_TAG, save_served_encoder
+from pipeline.delivery import BUNDLE_DIRECTORY, BYTES_TAG, KIND_TAG, SHA256_TAG, save_served_encoder
 from pipeline.errors import TrackingPending, UserError
 from pipeline.journal import Body
 from pipeline.outbox import Unreachable, read_results
 from pipeline.resolve import Kind, Resolved, resolve
 from pipeline.server import ui_command
-from pipeline.tracking import Run, RunRecord, Tracking, open_outbox, pending_message
+from pipeline.tracking import (
+    NAME_RULE,
+    USABLE_NAME,
+    Run,
+    RunRecord,
+    Tracking,
+    open_outbox,
+    pending_message,
+    tagged,
+)
 
 __all__ = [
     "Registered",
@@ -45,7 +53,6 @@ __all__ = [
 
 MIN_ACTIVE_FRACTION = 0.1
 REGISTER_PATIENCE_S = 15.0
-MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +89,8 @@ def check_model_name(name: str) -> None:
     Raises:
         UserError: The name has characters that an address or a folder cannot hold.
     """
-    if not MODEL_NAME.fullmatch(name):
-        raise UserError(f"model name {name!r} is not usable; take letters, digits, '-', '_' and '.', at most 100")
+    if not USABLE_NAME.fullmatch(name):
+        raise UserError(f"model name {name!r} is not usable; take {NAME_RULE}")
 
 
 def register_encoder(
@@ -96,6 +103,7 @@ def register_encoder(
     has_heldout: bool,
     promote: bool = False,
     example_frames: npt.NDArray[np.uint8] | None = None,
+    dataset: Mapping[str, Any] | None = None,
 ) -> Registered | None:
     """Registers an encoder bundle as a new version that also loads with `mlflow.pyfunc.load_model`.
 
@@ -111,6 +119,7 @@ def register_encoder(
         has_heldout: Whether `bits_per_dim` was measured on held-out episodes.
         promote: Make it champion though it did not win.
         example_frames: (N, H, W) uint8, a few real frames as the model's input example; one black frame by default.
+        dataset: What it was trained on (`FramesDataset.facts`); recorded on the version, which may outlive the run.
 
     Returns:
         The version; None when the server is away, in which case the journal keeps the order to register.
@@ -140,6 +149,7 @@ def register_encoder(
         "has_heldout": "true" if has_heldout and math.isfinite(bits_per_dim) else "false",
         "collapsed": "true" if has_collapsed else "false",
         "game": encoder.preprocess.game,
+        **tagged("dataset", dataset or {}),
     }
     return _register(run, name, staged, tags, promote=promote)
 
@@ -166,8 +176,8 @@ def register_policy(
     sha256 = verify(bundle)
     staged = _staging_folder(run)
     shutil.copytree(bundle, staged / BUNDLE_DIRECTORY)
-    seen_with = {"encoder.uri": encoder.uri or encoder.address, "encoder.sha256": encoder.sha256} if encoder else {}
-    every_tag = {**(tags or {}), **seen_with, KIND_TAG: "policy", SHA256_TAG: sha256}
+    known = {"uri": encoder.uri or encoder.address, "sha256": encoder.sha256} if encoder else {}
+    every_tag = {**(tags or {}), **tagged("encoder", known), KIND_TAG: "policy", SHA256_TAG: sha256}
     return _register(run, name, staged, {key: str(value) for key, value in every_tag.items()}, promote=False)
 
 
@@ -209,6 +219,8 @@ def registrations(folder: Path) -> list[Registered]:
 
 
 def _register(run: Run, name: str, staged: Path, tags: dict[str, str], *, promote: bool) -> Registered | None:
+    run.set_tags({SHA256_TAG: tags[SHA256_TAG]})  # which run made a bundle, also where no version comes of it
+    tags = {**tags, BYTES_TAG: str(sum(file.stat().st_size for file in staged.rglob("*") if file.is_file()))}
     seq = run.outbox.append("register", {"name": name, "path": str(staged), "tags": tags, "promote": promote})
     if seq is None or not run.outbox.wait(seq, REGISTER_PATIENCE_S):
         return None

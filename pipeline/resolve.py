@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import fcntl
 import logging
+import os
 import re
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
     from pipeline.server import MlflowClient, ModelVersion
 
 Kind = Literal["encoder", "policy"]
+
+FETCH_PREFIX = "fetch-"  # in the cache: what is being downloaded
+CACHE_LOCK = ".lock"
 
 log = logging.getLogger(__name__)
 
@@ -77,17 +83,17 @@ def _resolve_folder(address: str) -> Resolved:
             f"{address!r} is neither a folder nor an address; give models:/NAME@alias, models:/NAME/3, "
             "runs:/RUN_ID/path or a bundle's folder"
         )
-    return Resolved(path, address, None, None, bundle.verify(path), _kind(path, address))
+    return Resolved(path, address, None, None, bundle.verify(path), kind_of(path, address))
 
 
 def _resolve_version(address: str, client: MlflowClient, where: Address, cache: Path) -> Resolved:
-    version = _find_version(address, client, where)
+    version = find_version(address, client, where)
     uri = f"models:/{version.name}/{version.version}"
     path, sha256 = _fetch(f"{uri}/{BUNDLE_DIRECTORY}", uri, where, cache)
     recorded = version.tags.get(SHA256_TAG)
     if recorded not in (None, sha256):
         raise UserError(f"{uri} has changed in the store: registered with sha256 {recorded}, now {sha256}")
-    return Resolved(path, address, uri, str(version.version), sha256, _kind(path, address))
+    return Resolved(path, address, uri, str(version.version), sha256, kind_of(path, address))
 
 
 def _resolve_artifact(address: str, client: MlflowClient, where: Address, cache: Path) -> Resolved:
@@ -102,10 +108,15 @@ def _resolve_artifact(address: str, client: MlflowClient, where: Address, cache:
     if not any(inside == path or inside.startswith(f"{path}/") for path in found):
         raise UserError(f"run {run_id} has no artifact {inside!r}; it has {_listed(found)}")
     path, sha256 = _fetch(f"runs:/{run_id}/{inside}", address, where, cache)
-    return Resolved(path, address, f"runs:/{run_id}/{inside}", None, sha256, _kind(path, address))
+    return Resolved(path, address, f"runs:/{run_id}/{inside}", None, sha256, kind_of(path, address))
 
 
-def _find_version(address: str, client: MlflowClient, where: Address) -> ModelVersion:
+def find_version(address: str, client: MlflowClient, where: Address) -> ModelVersion:
+    """The registered version that `models:/NAME@alias` or `models:/NAME/3` means now.
+
+    Raises:
+        UserError: There is none; says what there is.
+    """
     match = re.fullmatch(r"models:/+([^/@]+)(?:@([^/@]+)|/(\d+))", address)
     if match is None:
         raise UserError(f"{address!r} is malformed; give models:/NAME@alias or models:/NAME/3")
@@ -146,18 +157,29 @@ def _versions(name: str, client: MlflowClient, where: Address) -> list[ModelVers
 def _fetch(source: str, shown: str, where: Address, cache: Path) -> tuple[Path, str]:
     """A bundle from the store into the cache; its sums are fetched first, and all when the cache has them already."""
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="fetch-", dir=cache) as scratch:
+    with tempfile.TemporaryDirectory(prefix=FETCH_PREFIX, dir=cache) as scratch:
         sums = _download(f"{source}/{bundle.SUMS_FILE}", Path(scratch), shown, where)
         target = cache / bundle.sha256_of(sums.parent)
-        if target.is_dir():
-            try:
-                return target, bundle.verify(target)
-            except UserError as error:
-                log.warning("the cached copy of %s is damaged (%s); fetched again", shown, error)
+        with locked_cache(cache):
+            if target.is_dir():
+                try:
+                    os.utime(target)  # in use: `latentrl gc` leaves it alone until a run's folder says so
+                    return target, bundle.verify(target)
+                except UserError as error:
+                    log.warning("the cached copy of %s is damaged (%s); fetched again", shown, error)
         path = _download(source, Path(scratch, "bundle"), shown, where)
         sha256 = bundle.verify(path)
-        _put(path, target)
+        with locked_cache(cache):
+            _put(path, target)
     return target, sha256
+
+
+@contextlib.contextmanager
+def locked_cache(cache: Path, *, alone: bool = False) -> Iterator[None]:
+    """Keeps `latentrl gc` from removing bundles for a moment; with `alone`, others from using them."""
+    with (cache / CACHE_LOCK).open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
 
 
 def _put(path: Path, target: Path) -> None:
@@ -177,7 +199,12 @@ def _download(source: str, into: Path, shown: str, where: Address) -> Path:
         raise UserError(f"the files of {shown} are not in the store ({error}); it cannot be used") from None
 
 
-def _kind(path: Path, shown: str) -> Kind:
+def kind_of(path: Path, shown: str) -> Kind:
+    """What a bundle is, by its files.
+
+    Raises:
+        UserError: Neither an encoder nor a policy.
+    """
     if (path / "q.safetensors").is_file():
         return "policy"
     if (path / "preprocess.json").is_file() and (path / "model.safetensors").is_file():

@@ -18,14 +18,18 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.errors import UserError
 from pipeline.outbox import Refused, Unreachable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient as MlflowClient
+    from mlflow.entities import LoggedModel as LoggedModel
+    from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion as ModelVersion
+
+    MlflowRun = Run
 
 SIGN_OF_LIFE_WITHIN_S = 5.0
 SERVER_ANSWERS_WITHIN_S = 12.0
@@ -241,6 +245,15 @@ def experiment_id(client: MlflowClient, name: str, address: Address) -> str:
     return str(found.experiment_id)
 
 
+def search_runs(
+    client: MlflowClient, experiments: list[str], condition: str, limit: int, token: str | None, view: str = "ALL"
+) -> Any:
+    """A page of runs, the newest first; its `token` asks for the next. `view` is a name of MLflow's ViewType."""
+    from mlflow.entities import ViewType
+
+    return client.search_runs(experiments, condition, getattr(ViewType, view), limit, page_token=token)
+
+
 def download(source: str, into: Path, address: Address) -> Path:
     """Copies an artifact from the store.
 
@@ -257,6 +270,31 @@ def download(source: str, into: Path, address: Address) -> Path:
     into.mkdir(exist_ok=True)
     with translated(address):
         return Path(download_artifacts(artifact_uri=source, dst_path=str(into), tracking_uri=address.uri))
+
+
+def delete_artifacts(location: str, address: Address) -> None:
+    """Removes an artifact location with all that is in it.
+
+    Args:
+        location: As MLflow recorded it.
+        address: Of the server that recorded it. What it says is not trusted with files of this machine: only what lies
+            under a sqlite file's own artifact folder is removed here.
+
+    Raises:
+        Refused, Unreachable: It is not to be removed from here, or the store does not do it.
+    """
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    parts = urllib.parse.urlsplit(location)
+    if parts.scheme in ("", "file"):
+        path = Path(urllib.parse.unquote(parts.path)).resolve()
+        own = (address.database.parent / "artifacts").resolve() if address.database else None
+        if own is None or own not in path.parents:
+            raise Refused(f"{location} is no place of {address.uri} that may be written from here")
+        if not path.exists():
+            return
+    with translated(address):
+        get_artifact_repository(location).delete_artifacts()
 
 
 def ui_command(tracking_uri: str) -> str:

@@ -127,6 +127,18 @@ class FramesDataset:
             raise UserError(f"{EPISODES_FILE} of dataset {self.uri} has changed bytes (sha256 differs)")
         return pq.read_table(pa.BufferReader(content), schema=EPISODES_SCHEMA)
 
+    def facts(self) -> dict[str, Any]:
+        """What a run that uses the dataset records of it: where it is, what it holds, who played.
+
+        Returns:
+            uri, digest, game, protocol, frames and episodes; of the collection policy, seed and, where a policy
+            bundle played, policy_uri, policy_sha256 and epsilon (None where they do not apply).
+        """
+        played = {key: self.collection.get(key) for key in ("policy", "policy_uri", "policy_sha256", "epsilon", "seed")}
+        held = {"frames": self.num_frames, "episodes": self.num_episodes}
+        rules = {"game": self.preprocess.game, "protocol": self.preprocess.protocol}
+        return {"uri": self.uri, "digest": self.digest, **rules, **held, **played}
+
     def path(self, file: FileEntry) -> str:
         """A file's path inside the file system."""
         return f"{self.root}/{file.name}"

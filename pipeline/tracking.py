@@ -7,12 +7,13 @@ import importlib.metadata
 import json
 import logging
 import math
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline import machine, server
 from pipeline.commit import code_commit
@@ -22,13 +23,24 @@ from pipeline.errors import TrackingPending, UserError
 from pipeline.outbox import Outbox, Refused
 from pipeline.server import Address
 
+if TYPE_CHECKING:
+    from pipeline.resolve import Resolved
+    from pipeline.server import MlflowClient
+
 RUN_FILE = "run.json"
+EXPERIMENT = "latentrl"
+PARENT_TAG = "mlflow.parentRunId"
+PIPELINE_STAGE = "pipeline"
+USABLE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+NAME_RULE = "letters, digits, '-', '_' and '.', at most 100"
 SYSTEM_METRICS_EVERY_S = 10.0
 CLOSE_PATIENCE_S = 15.0
 KILLED_PATIENCE_S = 3.0  # whoever ends the process does not wait long
+LOCK_PATIENCE_S = 1.0  # `latentrl gc` holds a run's folder for as long as some renames take
 REPORTED_PACKAGES = ("latentrl", "torch", "ray", "mlflow", "numpy", "pyarrow", "ale-py")
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
+Role = Literal["encoder", "policy"]
 
 log = logging.getLogger(__name__)
 
@@ -83,15 +95,20 @@ class Tracking:
     Args:
         uri: `sqlite:////absolute/path.db` or `http(s)://host:port`.
         experiment: Created when it does not exist.
+        pipeline: Name of the run that gathers what is started here, as MLflow's UI nests runs; the first stage of that
+            name makes it.
 
     Raises:
-        UserError: The address is malformed.
+        UserError: The address or the name is malformed.
     """
 
-    def __init__(self, uri: str, experiment: str = "latentrl") -> None:
+    def __init__(self, uri: str, experiment: str = EXPERIMENT, *, pipeline: str | None = None) -> None:
         self.address = Address.parse(uri)
         self.uri = self.address.uri
         self.experiment = experiment
+        self.pipeline = pipeline
+        if pipeline is not None and not USABLE_NAME.fullmatch(pipeline):
+            raise UserError(f"pipeline name {pipeline!r} is not usable; take {NAME_RULE}")
 
     def check(self) -> None:
         """Makes sure that the server answers, before any work starts. Creates a sqlite file that does not exist.
@@ -108,7 +125,7 @@ class Tracking:
             name: Shown in the UI.
             stage: "pretrain", "train", ...
             folder: The run's folder; made if need be.
-            parent_run_id: The run to nest this one under.
+            parent_run_id: The run to nest this one under, instead of the pipeline's.
 
         Raises:
             UserError: The server does not answer, or the folder already has a run.
@@ -122,11 +139,12 @@ class Tracking:
             "stage": stage,
             "mlflow.source.type": "LOCAL",
             "mlflow.source.name": f"latentrl {stage}",
-            **({"mlflow.parentRunId": parent_run_id} if parent_run_id else {}),
             **({"mlflow.source.git.commit": commit.removesuffix("-dirty")} if (commit := code_commit()) else {}),
         }
         try:
             experiment = server.ask(self.address, lambda: server.experiment_id(client, self.experiment, self.address))
+            if parent := parent_run_id or self._pipeline_run(client, experiment):
+                tags[PARENT_TAG] = parent
             info = server.ask(self.address, lambda: client.create_run(experiment, tags=tags, run_name=name)).info
         except Refused as error:
             raise UserError(f"experiment {self.experiment!r} at {self.uri} cannot be used: {error}") from None
@@ -135,6 +153,26 @@ class Tracking:
         run = Run(folder, record, self.address)
         run.set_tags({f"version.{package}": version for package, version in _versions().items()})
         return run
+
+    def _pipeline_run(self, client: MlflowClient, experiment: str) -> str | None:
+        """The pipeline's run, the earliest where several stages have made one at the same moment."""
+        if self.pipeline is None:
+            return None
+        by_name = f"tags.stage = '{PIPELINE_STAGE}' and attributes.run_name = '{self.pipeline}'"
+
+        def earliest() -> str | None:
+            runs = client.search_runs([experiment], by_name, order_by=["attributes.start_time ASC"], max_results=1)
+            return runs[0].info.run_id if runs else None
+
+        def find_or_make() -> str | None:
+            with self.address.alone():
+                if (found := earliest()) is not None:
+                    return found
+                made = client.create_run(experiment, tags={"stage": PIPELINE_STAGE}, run_name=self.pipeline)
+                client.set_terminated(made.info.run_id)  # it gathers others, and is never at work itself
+            return earliest()
+
+        return server.ask(self.address, find_or_make)
 
     def resume_run(self, folder: Path) -> Run:
         """Goes on with the run that `folder` belongs to.
@@ -174,7 +212,7 @@ class Run:
         self.folder, self.record = folder, record
         self.run_id, self.uri = record.run_id, record.uri
         self.pending = False
-        self.outbox = open_outbox(folder, record, address)
+        self.outbox = open_outbox(folder, record, address, lock_wait_s=LOCK_PATIENCE_S)
         self.outbox.start()
         self._keys_warned: set[str] = set()
         self._is_closed = False
@@ -207,30 +245,30 @@ class Run:
         """Uploads a folder's content, as it is when its turn comes."""
         self.outbox.append("folder", {"path": str(Path(path).absolute()), "directory": artifact_dir})
 
-    def log_dataset(self, uri: str, name: str, digest: str, context: str) -> None:
-        """Records a dataset as an input of this run.
+    def log_dataset(self, facts: Mapping[str, Any], context: str) -> None:
+        """Records a dataset as an input of this run, and what is known of it as tags `dataset.*`.
 
         Args:
-            uri: Where it is.
-            name: Shown in the UI.
-            digest: sha256 of its manifest. MLflow keeps 36 characters of it; tag `dataset.digest` has all.
+            facts: What `FramesDataset.facts` gives: uri, digest, game and more. MLflow keeps 36 characters of the
+                digest; the tag has all.
             context: What it was used for ("pretrain").
         """
-        self.outbox.append("dataset", {"uri": str(uri), "name": name, "digest": digest, "context": context})
-        self.set_tags({"dataset.uri": uri, "dataset.digest": digest})
+        named = {"uri": facts["uri"], "name": facts["game"], "digest": facts["digest"]}
+        self.outbox.append("dataset", {**named, "context": context, "facts": dict(facts)})
+        self.set_tags(tagged("dataset", facts))
 
-    def log_encoder_input(self, model_uri: str | None, version: str | None, sha256: str) -> None:
-        """Records the encoder that this run uses, as a model input where it is a registered version.
+    def log_model_input(self, role: Role, model: Resolved) -> None:
+        """Records a model that this run uses: tags `ROLE.*`, and a model input where it is a registered version.
 
         Args:
-            model_uri: `models:/NAME/3` as `resolve` gave it, another address, or None for a folder.
-            version: The version number, None when it is not a registered one.
-            sha256: Of the bundle.
+            role: What it is to the run: the encoder that it learns on, or the policy that plays.
+            model: As `resolve` gave it.
         """
-        self.set_tags({"encoder.uri": model_uri or "", "encoder.version": version or "", "encoder.sha256": sha256})
-        if model_uri and version and model_uri.startswith("models:/"):
-            name = model_uri.removeprefix("models:/").rpartition("/")[0]
-            self.outbox.append("model_input", {"name": name, "version": str(version)})
+        known = {"address": model.address, "uri": model.uri, "version": model.version, "sha256": model.sha256}
+        self.set_tags(tagged(role, known))
+        if model.uri and model.version:
+            name = model.uri.removeprefix("models:/").rpartition("/")[0]
+            self.outbox.append("model_input", {"name": name, "version": model.version})
 
     def close(self, status: Status = "FINISHED") -> None:
         """Ends the run and waits for delivery while it makes progress; sets `pending` when something stays behind.
@@ -302,6 +340,11 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def tagged(prefix: str, facts: Mapping[str, Any]) -> dict[str, str]:
+    """Facts as tags `PREFIX.KEY`; what is not known (None) is left out."""
+    return {f"{prefix}.{key}": str(value) for key, value in facts.items() if value is not None}
 
 
 def _make(folder: Path) -> None:

@@ -43,6 +43,13 @@ def find_checkpoint(path: Path) -> Path | None:
     return next((folder for folder in (path, *_beside(path)) if (folder / bundle.SUMS_FILE).is_file()), None)
 
 
+def leftovers(path: Path) -> list[Path]:
+    """What killed writers left beside the checkpoint at `path`: all that the next one removes."""
+    found = find_checkpoint(path)
+    folders = [folder for folder in _beside(path) if folder != found and folder.is_dir()]
+    return [*folders, *bundle.drafts(_beside(path)[0])]
+
+
 def verify_checkpoint(path: Path, run_id: str) -> None:
     """Refuses a checkpoint that another run wrote or whose bytes have changed.
 

@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -107,7 +108,7 @@ class MlflowServer:
             self.process = None
 
 
-def register(run: Run, bundle: Path, name: str, bits: float = 1.0, active: float = 1.0, **more: bool) -> Registered:
+def register(run: Run, bundle: Path, name: str, bits: float = 1.0, active: float = 1.0, **more: Any) -> Registered:
     """A version of an encoder with these figures."""
     registered = register_encoder(
         run, bundle, name, bits_per_dim=bits, active_fraction=active, **{"has_heldout": True, **more}

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from jobs import collect, data, demo, encode
+from jobs import collect, data, demo, encode, gc, lineage, report
 from jobs.cluster import ray_session
 from jobs.recipes import PRETRAIN_RECIPES, TRAIN_RECIPES
 from jobs.workspace import Workspace
 from pipeline.artifact import load_encoder
 from pipeline.errors import UserError
+from pipeline.records import Records
 from pipeline.registry import resolve
 from pipeline.store import FramesDataset
 from rllib_ext.policy import load_policy
@@ -51,6 +52,7 @@ def test_the_whole_pipeline(tmp_path: Path) -> None:
         demo.run(str(tmp_path / "demo"), TOY, overwrite=True, ray_address="127.0.0.1:9")
     assert Path(result["report"]).is_file()  # an earlier demo goes only when the next one can start
     what_a_policy_and_an_encoder_are_for(tmp_path, result)
+    it_is_one_tree_and_what_is_needed_of_it_stays(Workspace.at(str(tmp_path / "demo")), result)
 
 
 def what_a_policy_and_an_encoder_are_for(tmp_path: Path, result: dict[str, Any]) -> None:
@@ -68,6 +70,37 @@ def what_a_policy_and_an_encoder_are_for(tmp_path: Path, result: dict[str, Any])
     assert encoded["frames"] > 0
     with pytest.raises(UserError, match="breakout"):
         collect.run(workspace, game="breakout", frames=90, out=f"{frames}2", policy=result["policy"], num_workers=1)
+
+
+def it_is_one_tree_and_what_is_needed_of_it_stays(workspace: Workspace, result: dict[str, Any]) -> None:
+    """In MLflow and in `latentrl lineage`, after `latentrl gc` has taken all that it takes."""
+    removed = gc.run(workspace, delete=True, finished=True)
+    assert {item["what"] for item in removed["items"]} >= {
+        "runs/pretrain-pong-encoder-001/checkpoints",
+        "runs/train-pong-frozen-001/checkpoint",
+    }
+    assert removed["errors"] == []
+    assert resolve(result["model_uri"], workspace.tracking_uri, workspace.cache).kind == "encoder"
+    assert Path(report.run(workspace, "train-pong-frozen-001")["path"]).is_file()
+    by_policy = lineage.run(workspace, result["policy"])
+    assert by_policy["missing"] == 0
+    (data_tree,) = by_policy["trees"]
+    kinds = []
+    while data_tree is not None:
+        kinds.append(data_tree["kind"])
+        data_tree = next(iter(data_tree["made"]), None)
+    assert kinds == ["data", "encoder", "agent", "evaluation"]
+    frames = FramesDataset.open(str(workspace.home / "frames"))
+    (used,) = by_policy["data"]
+    assert (used["key"], used["facts"]["frames"], used["facts"]["policy"]) == (frames.digest, TOY.frames, "random")
+    whole = lineage.run(workspace, "demo-001")
+    assert sorted(tree["kind"] for tree in whole["trees"]) == ["data", "evaluation"]  # of the agent, of a random one
+    runs = list(Records(workspace.tracking_uri).runs("tags.stage LIKE '%'"))
+    (top,) = (run.info.run_id for run in runs if run.data.tags["stage"] == "demo")
+    assert {run.data.tags.get("mlflow.parentRunId", top) for run in runs} == {top}
+    assert sorted(run.data.tags["stage"] for run in runs) == ["demo", "evaluate", "evaluate", "pretrain", "train"]
+    (judged,) = (run for run in runs if "policy.sha256" in run.data.tags)
+    assert judged.data.tags["policy.sha256"] == load_policy(result["policy"]).sha256
 
 
 @pytest.mark.parametrize("place", ["thesis.tex", "runs/thesis.tex"])

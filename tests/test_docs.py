@@ -31,6 +31,8 @@ STAGES = (
     "jobs list",
     "jobs logs",
     "jobs stop",
+    "lineage",
+    "gc",
     "sync",
     "recipes",
 )

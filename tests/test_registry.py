@@ -41,7 +41,7 @@ def test_a_run_arrives_whole(run: Run, client: MlflowClient, tmp_path: Path) -> 
     run.set_tags({"game": "pong"})
     run.log_file(tmp_path / "note.txt")
     run.log_folder(tmp_path / "pictures", "pictures")
-    run.log_dataset("/data/pong", "pong", "ab" * 32, "pretrain")
+    run.log_dataset({"uri": "/data/pong", "game": "pong", "digest": "ab" * 32, "policy_uri": None}, "pretrain")
     run.close()
     assert not run.pending
 

@@ -16,12 +16,15 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
+from lineage_toys import Maker
 from mlflow import MlflowClient
 from registry_toys import PREPROCESS, Z_DIM, MlflowServer, free_port, make_encoder
 
+from jobs import gc, lineage
 from jobs import sync as sync_stage
 from jobs.workspace import Workspace
 from pipeline import server as server_module
+from pipeline import unused
 from pipeline.errors import TrackingPending, UserError
 from pipeline.registry import Registered, Run, Tracking, register_encoder, registrations, resolve, sync
 
@@ -175,6 +178,31 @@ def test_a_bad_address_is_one_line_in_time_without_its_secrets(address: str, tmp
             Tracking(address.format(**places)).check()
     assert time.monotonic() - started < LIMIT_S
     assert not [leak for leak in ("secret", "cret@", "\n") if leak in str(caught.value)]
+
+
+def test_lineage_and_gc_ask_a_server_as_they_do_a_file(
+    server: MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole line, and the files of a deleted version, which the server removes on request."""
+    maker = Maker(server.uri, tmp_path, pipeline="tuesday")
+    facts = maker.dataset()
+    _, encoder = maker.encoder(facts, "distant")
+    maker.agent(encoder.uri, "distant-player")
+    workspace = Workspace.at(str(tmp_path), server.uri)
+    for asked in ("models:/distant-player/1", "tuesday"):
+        result = lineage.run(workspace, asked)
+        assert [data["key"] for data in result["data"]] == [facts["digest"]]
+        assert result["missing"] == 0
+    monkeypatch.setattr(unused, "SETTLED_S", -60.0)
+    client = MlflowClient(server.uri, server.uri)
+    source = client.get_model_version("distant-player", "1").source.removeprefix("models:/")
+    client.delete_model_version("distant-player", "1")
+    files = server.folder / "artifacts"
+    assert any(source in str(path) for path in files.rglob("q.safetensors"))
+    assert [item["what"] for item in gc.run(workspace)["items"]] == [f"models:/{source}"]
+    assert gc.run(workspace, delete=True)["errors"] == []
+    assert not any(source in str(path) for path in files.rglob("q.safetensors"))
+    maker.resolved(encoder.uri)
 
 
 class Doorman(http.server.BaseHTTPRequestHandler):

@@ -20,7 +20,7 @@ from policies import make_encoder, make_policy
 import jobs.evaluate
 import jobs.report
 import pipeline.play as pipeline_play
-from jobs.lineage import RunFolder, find_relatives
+from jobs.relatives import RunFolder, find_relatives
 from jobs.settings import provenance
 from jobs.workspace import Workspace
 from pipeline.artifact import load_model

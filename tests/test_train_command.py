@@ -17,6 +17,8 @@ import pytest
 from mlflow import MlflowClient
 from rl_toys import make_encoder
 
+from jobs import gc
+from jobs.workspace import Workspace
 from pipeline.atari import preprocess_for
 from pipeline.models.vae import VAESettings
 from rllib_ext.checkpoint import find_checkpoint
@@ -97,6 +99,7 @@ def test_a_killed_run_with_a_learner_of_its_own_goes_on_from_its_last_checkpoint
     at_kill, rows_at_kill = load_state(checkpoint, "state"), replay_rows(checkpoint)
     last = max(at_kill["agent_steps"], *(line["step"] for line in figures_of(folder)))
     (folder / ".checkpoint.new-half").mkdir(exist_ok=True)  # as a kill within a checkpoint leaves it
+    gc.run(Workspace.at(str(tmp_path)), delete=True, finished=True, versions=True)
     run_id = json.loads((folder / "run.json").read_text())["run_id"]
 
     result = finish(*command(tmp_path, encoder, last + 200, "--num-learners", "1", "--resume"))

@@ -11,7 +11,7 @@ import ray
 import torch
 from rl_toys import make_encoder
 
-from jobs import train
+from jobs import gc, train
 from jobs.recipes import TrainRecipe
 from jobs.workspace import Workspace
 from pipeline.atari import preprocess_for
@@ -69,6 +69,8 @@ def test_train_then_resume(workspace, tmp_path):
     policy = load_policy(result["policy"])
     assert policy.preprocess == preprocess_for("pong")
     assert policy.act(np.zeros((2, 84, 84), np.uint8), np.ones(2, bool)).shape == (2,)
+    (kept,) = gc.run(workspace, delete=True)["kept"]
+    assert (kept["what"], kept["bytes"] > 1000) == ("runs/train-pong-frozen-001/checkpoint", True)
     again = run(workspace, encoder, agent_steps=250, resume=True)
     assert again["run_id"] == result["run_id"]
     assert again["agent_steps"] >= 250
@@ -91,6 +93,11 @@ def test_train_then_resume(workspace, tmp_path):
     assert further["run_id"] == result["run_id"]
     assert further["agent_steps"] >= 300
     assert [path.name for path in workspace.runs.iterdir()] == [folder.name]
+    (gone,) = gc.run(workspace, delete=True, finished=True)["items"]
+    assert (gone["what"], gone["bytes"]) == (kept["what"], pytest.approx(kept["bytes"], rel=1))
+    with pytest.raises(UserError, match=r"that of train-pong-frozen-001 was removed by `latentrl gc` at .* UTC"):
+        run(workspace, encoder, agent_steps=350, resume=True)
+    load_policy(result["policy"])
 
 
 def leave_undelivered(folder):

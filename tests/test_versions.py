@@ -120,7 +120,7 @@ def test_a_policy_is_registered_with_the_encoder_it_sees_with(
 ) -> None:
     register(run, bundle, f"{name}-vae")
     encoder = resolve(f"models:/{name}-vae@champion", uri, tmp_path / "cache")
-    run.log_encoder_input(encoder.uri, encoder.version, encoder.sha256)
+    run.log_model_input("encoder", encoder)
     policy = register_policy(run, make_policy(tmp_path / "policy"), name, encoder=encoder, tags={"agent_steps": 100})
     assert policy is not None
     assert (policy.uri, policy.aliases, policy.kind) == (f"models:/{name}/1", ("latest",), "policy")
