@@ -97,7 +97,7 @@ def collect(
     try:
         crew.wait_until_ready()
         start = time.perf_counter()
-        with writing_told(filesystem, out), full_disk_told(out):
+        with writing_told(filesystem, out), full_disk_told(shown(out)):
             results = crew.play(plan_shards(frames, seed), behaviour, on_rows)
             require_written(filesystem, root, (result.file for result in results), out)
             settings = {**played_by, "seed": seed, "lanes": len(results)}

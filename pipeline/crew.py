@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -43,7 +44,7 @@ class Crew:
     def __init__(
         self, place: tuple[pafs.FileSystem, str], preprocess: Preprocess, num_workers: int, *, with_ram: bool
     ) -> None:
-        """Starts the workers; `place` is the root of the dataset."""
+        """Starts the workers, which write to a path in a file system."""
         self._arguments = (place, preprocess, with_ram)
         self._workers: dict[int, Any] = {}
         self._starting: dict[Any, int] = {}
@@ -86,8 +87,9 @@ class Crew:
 
     def stop(self) -> None:
         """Ends all workers at once."""
-        for worker in self._workers.values():
-            ray.kill(worker)
+        with contextlib.suppress(Exception):  # where Ray itself has gone, they have too
+            for worker in self._workers.values():
+                ray.kill(worker)
 
     def _start(self, index: int) -> None:
         self._workers[index] = _Collector.remote(*self._arguments)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Lanes: environments that play and write, each its share of a dataset's rows into a file of its own."""
+"""Lanes: environments that play and write, each its share of a dataset's rows into a Parquet file of its own."""
 
 from __future__ import annotations
 

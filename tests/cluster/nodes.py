@@ -188,7 +188,7 @@ class RayCluster:
             list(pool.map(Node.start, self.workers.values()))
         self.wait_for(lambda: answers(f"{self.dashboard}/api/version") and self.alive().keys() == self.nodes.keys())
 
-    def wait_for(self, condition: Callable[[], bool], within_s: float = 300.0) -> None:
+    def wait_for(self, condition: Callable[[], bool], within_s: float = 60.0) -> None:
         """Waits until something is so."""
         until = time.monotonic() + within_s
         while not condition():

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 LOOPBACK = "127.0.0.1"
-START_WITHIN_S = 300.0
+START_WITHIN_S = 120.0
 
 
 def free_ports(count: int) -> list[int]:

@@ -12,12 +12,14 @@ import pytest
 from fault_rows import Record, measured
 from nodes import RayCluster
 from rl_toys import make_encoder
-from stage import Stage, processes
+from running import Stage, processes
 from test_train_command import N_STEP, NUM_LANES, SETTINGS, TINY, replay_rows
 
 from pipeline.atari import preprocess_for
 from rllib_ext.checkpoint import find_checkpoint
 from rllib_ext.state_files import load_state
+
+pytestmark = pytest.mark.long
 
 NAMES = ("one", "two")
 RUNNER = "ray::LatentEnvRunner"
@@ -40,7 +42,6 @@ class Training:
         self.encoder = make_encoder(cluster.shared / "encoder", preprocess_for("pong"), TINY, standardise=False)
         self.folder = self.home / "runs" / "train-pong-frozen-001"
         self.checkpoint = self.folder / "checkpoint"
-        self.stages: list[Stage] = []
 
     def arguments(self, agent_steps: int, *more: str) -> list[str]:
         """Of `latentrl`."""
@@ -53,8 +54,7 @@ class Training:
     def start(self, agent_steps: int, *more: str) -> Stage:
         """On the head."""
         arguments = self.arguments(agent_steps, *more)
-        self.stages.append(Stage(self.cluster.shared / "said", *arguments, node=self.cluster.head))
-        return self.stages[-1]
+        return Stage(self.cluster.shared / "said", *arguments, node=self.cluster.head)
 
     @property
     def recorded_steps(self) -> int:
@@ -76,11 +76,8 @@ class Training:
 
 
 @pytest.fixture
-def training(cluster: RayCluster) -> Iterator[Training]:
-    training = Training(cluster)
-    yield training
-    for stage in training.stages:
-        stage.remove()
+def training(cluster: RayCluster) -> Training:
+    return Training(cluster)
 
 
 def test_a_training_goes_on_whatever_is_taken_away(training: Training, record_property: Record) -> None:
