@@ -1,7 +1,7 @@
 """`latentrl STAGE`: arguments in, one stage's `run` called, a result out.
 
 Exit codes: 0 done; 1 a check found faults; 2 bad input (one line says what to do); 3 done, but the tracking server has
-not heard of it yet; 130 interrupted; 143 terminated.
+not heard of it yet; 130 interrupted; 143 terminated, and what can be kept is.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
-from types import FrameType
 from typing import Any, NoReturn
 
+from jobs import termination
 from jobs.operations import add_operations
 from jobs.stages import add_stages
-from pipeline.errors import TrackingPending, UserError
+from pipeline import disk
+from pipeline.errors import Terminated, TrackingPending, UserError
 
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
@@ -27,7 +27,8 @@ Learn a latent-variable model from images that an agent has seen, then learn to 
 The way of the data:  collect -> pretrain -> train -> evaluate -> report   (`latentrl demo` runs them all)
 """
 EPILOG = """\
-exit codes: 0 done, 1 a check found faults, 2 bad input, 3 done but the tracking server is behind, 130 interrupted
+exit codes: 0 done, 1 a check found faults, 2 bad input, 3 done but the tracking server is behind, 130 interrupted,
+143 terminated: what a stage can keep is kept
 """
 
 
@@ -51,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a stage and returns the exit code."""
     options = parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, _terminate)
+    termination.install()
     try:
         result: dict[str, Any] = options.run(options)
     except UserError as error:
@@ -63,6 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Terminated as ended:
+        print(ended.line, file=sys.stderr)
+        return 143
     except Exception as error:
         user_error = _user_error_behind(error)
         if user_error is None:
@@ -72,10 +76,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if result.get("errors") else 0
 
 
-def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(143)
-
-
 def _complain(error: BaseException, code: int) -> int:
     line = " ".join(str(error).split())
     print(f"error: {line}" if code == 2 else line, file=sys.stderr)
@@ -83,11 +83,13 @@ def _complain(error: BaseException, code: int) -> int:
 
 
 def _user_error_behind(error: BaseException) -> UserError | TrackingPending | None:
-    """The UserError that a worker raised, out of the wrappers that Ray puts around it."""
+    """What the user can mend, out of the wrappers that Ray puts around it: a worker's UserError, or a full disk."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, UserError | TrackingPending) and not hasattr(seen, "cause"):
             return seen
+        if isinstance(seen, OSError) and disk.is_full(seen):
+            return disk.full(seen.filename or "this machine")
         seen = getattr(seen, "cause", None) or seen.__cause__
     return None
 

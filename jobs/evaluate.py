@@ -20,6 +20,7 @@ from jobs.workspace import Workspace
 from pipeline.artifact import Encoder, load_model
 from pipeline.atari import preprocess_for
 from pipeline.bootstrap import bootstrap_interval
+from pipeline.disk import write_text
 from pipeline.errors import UserError
 from pipeline.gameplay import write_gameplay
 from pipeline.models.distributions import DEQUANTISATION_MEAN
@@ -252,7 +253,7 @@ def _episode_rows(games: EpisodeResults) -> list[dict[str, Any]]:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n")
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def _write_metrics(path: Path, games: EpisodeResults) -> None:

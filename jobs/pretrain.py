@@ -11,11 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jobs.cluster import ray_session
+from jobs.metrics import Metrics
 from jobs.progress import Progress, progress
 from jobs.recipes import PretrainRecipe
 from jobs.settings import save_resolved, to_dict
+from jobs.termination import deferred
 from jobs.workspace import Workspace
 from pipeline.artifact import load_model
+from pipeline.disk import write_text
 from pipeline.errors import UserError
 from pipeline.order import ReadingOrder
 from pipeline.pictures import encoder_pictures
@@ -27,7 +30,6 @@ from pipeline.train import PretrainResult, cpus_needed, num_steps, pretrain
 CHECKPOINTS_FOLDER = "checkpoints"
 BUNDLE_FOLDER = "bundle"
 PICTURES_FOLDER = "pictures"
-METRICS_FILE = "metrics.jsonl"
 RESULT_FILE = "result.json"
 NUM_PICTURED = 512
 NUM_EXAMPLES = 4
@@ -134,11 +136,12 @@ class _Session:
             example_frames=frames[:NUM_EXAMPLES],
         )
         result = self._result(trained, registered, time.monotonic() - began)
-        (self._folder / RESULT_FILE).write_text(json.dumps(result, indent=1) + "\n")
+        write_text(self._folder / RESULT_FILE, json.dumps(result, indent=1) + "\n")
         return result
 
     def _train(self, total_steps: int) -> PretrainResult:
-        with progress(total_steps, f"pretrain {self._dataset.preprocess.game}", "updates") as bar:
+        label = f"pretrain {self._dataset.preprocess.game}"
+        with deferred() as request, progress(total_steps, label, "updates") as bar:
             return pretrain(
                 self._recipe.model,
                 self._recipe.train,
@@ -148,6 +151,7 @@ class _Session:
                 self._folder / BUNDLE_FOLDER,
                 resume=self._is_resumed,
                 on_metrics=_Recorder(self._run, bar),
+                is_asked_to_stop=lambda: request.is_made,
             )
 
     def _frames(self) -> NDArray[np.uint8]:
@@ -193,26 +197,18 @@ class _Session:
 class _Recorder:
     """Takes the training's figures: progress bar, metrics.jsonl, MLflow.
 
-    A resumed training repeats the steps since its last checkpoint; their old lines are dropped.
+    A training that goes on repeats the steps since its last checkpoint; their old lines are dropped.
     """
 
     def __init__(self, opened: Run, bar: Progress) -> None:
-        self._run, self._bar = opened, bar
-        self._path = opened.folder / METRICS_FILE
+        self._metrics, self._bar = Metrics(opened), bar
         self._step: int | None = None
 
     def __call__(self, values: dict[str, float], step: int) -> None:
-        if self._step is None:
-            self._forget_from(step)
+        if self._step is None or step < self._step:
+            self._metrics.forget(lambda recorded: recorded >= step)
         self._bar.advance(step - (self._step or 0))
         self._step = step
         if "loss" in values:
             self._bar.note(f"{values['bits_per_dim']:.3f} bits/dim, {values['images_per_s']:.0f} images/s")
-        with self._path.open("a") as stream:
-            stream.write(json.dumps({"step": step, **values}) + "\n")
-        self._run.log_metrics(values, step=step)
-
-    def _forget_from(self, step: int) -> None:
-        if self._path.is_file():
-            lines = [line for line in self._path.read_text().split("\n")[:-1] if json.loads(line)["step"] < step]
-            self._path.write_text("".join(f"{line}\n" for line in lines))
+        self._metrics.add([(step, values)])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.workspace import Workspace
+from pipeline.disk import write_text
 from pipeline.registry import Registered, registrations, sync
 
 RESULT_FILE = "result.json"
@@ -42,6 +43,4 @@ def _complete_result(path: Path, registered: Registered) -> None:
     late = {"model_uri": registered.uri, "version": registered.version, "aliases": list(registered.aliases)}
     missing = {key: value for key, value in late.items() if key in result and result[key] in (None, [])}
     if missing:
-        temporary = path.with_suffix(".json.tmp")
-        temporary.write_text(json.dumps({**result, **missing}, indent=2) + "\n")
-        temporary.replace(path)
+        write_text(path, json.dumps({**result, **missing}, indent=2) + "\n")

@@ -8,18 +8,21 @@ import math
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.cluster import ray_session
+from jobs.metrics import Metrics
 from jobs.progress import progress
 from jobs.settings import load_resolved, save_resolved, to_dict
+from jobs.termination import deferred
+from jobs.training import Training
 from jobs.workspace import Workspace
 from pipeline import models
 from pipeline.artifact import load_preprocess
 from pipeline.atari import preprocess_for
-from pipeline.errors import UserError
+from pipeline.disk import write_text
+from pipeline.errors import Terminated, UserError
 from pipeline.models.latent import ModelSettings
 from pipeline.registry import Resolved, Run, Tracking, check_model_name, register_policy, resolve
 from pipeline.schema import Preprocess
@@ -28,72 +31,17 @@ from rllib_ext.checkpoint import find_checkpoint
 from rllib_ext.config import LatentDQNConfig
 from rllib_ext.policy import PolicyConfig, save_policy
 from rllib_ext.runner import EnvFactory, atari_factory
-from rllib_ext.settings import MODES, DQNSettings, QConfig
+from rllib_ext.settings import MODES
+from rllib_ext.workers import WorkersLost
 
 if TYPE_CHECKING:
     from jobs.recipes import TrainRecipe
 
 POLICY_FOLDER = "policy"
 CHECKPOINT_FOLDER = "checkpoint"
-METRICS_FILE = "metrics.jsonl"
 RESULT_FILE = "result.json"
 START_FILE = "start.json"  # the encoder's hashes before the first update
 RECORD_EVERY_S = 2.0
-
-
-@dataclass(frozen=True)
-class Training:
-    """The resolved settings of a run.
-
-    Attributes:
-        recipe: Its name.
-        game: ALE's id.
-        protocol: The rules that the game is played by.
-        mode: "frozen", "finetune" or "pixels".
-        encoder: Address as given; None for pixels.
-        encoder_uri: The address that means this version for ever, where there is one.
-        encoder_sha256: Of the encoder's bundle.
-        agent_steps: Decisions to take, over all runners.
-        num_env_runners: Remote rollout workers; 0 samples in the driver.
-        num_learners: Remote learners; 0 learns in the driver.
-        seed: Of everything random.
-        q: The Q network.
-        train: The Q-learning.
-        model: The encoder's architecture for pixels mode.
-    """
-
-    recipe: str
-    game: str
-    protocol: str
-    mode: str
-    encoder: str | None
-    encoder_uri: str | None
-    encoder_sha256: str | None
-    agent_steps: int
-    num_env_runners: int
-    num_learners: int
-    seed: int
-    q: QConfig
-    train: DQNSettings
-    model: ModelSettings
-
-    def check(self) -> None:
-        """Refuses counts that make no run; the rest is up to `LatentDQNConfig.check`.
-
-        Raises:
-            UserError: The first problem.
-        """
-        if self.agent_steps < 1:
-            raise UserError(f"--agent-steps is {self.agent_steps}; ask for 1 or more")
-        if self.num_env_runners < 0:
-            raise UserError(f"--num-env-runners is {self.num_env_runners}; give 0 (in this process) or more")
-        if self.num_learners < 0:
-            raise UserError(f"--num-learners is {self.num_learners}; give 0 (in this process) or more")
-
-    def describe_workers(self) -> str:
-        """The actors that the run needs at once, in words."""
-        counts = [(self.num_env_runners, "rollout worker"), (self.num_learners, "learner")]
-        return " and ".join(f"{count} {name}{'s' * (count != 1)}" for count, name in counts if count) or "the driver"
 
 
 def run(
@@ -256,7 +204,7 @@ class _Session:
 
     def __init__(self, opened: Run, plan: Training, preprocess: Preprocess, resolved: Resolved | None) -> None:
         self._run, self._plan, self._preprocess, self._resolved = opened, plan, preprocess, resolved
-        self._folder = opened.folder
+        self._folder, self._metrics = opened.folder, Metrics(opened)
         self._started_at = self._recorded_at = time.monotonic()
 
     def run(self, config: LatentDQNConfig, name: str, *, is_resumed: bool) -> dict[str, Any]:
@@ -282,20 +230,35 @@ class _Session:
     def _train(self, algorithm: LatentDQN) -> float:
         """Trains to the end; agent steps per second over this sitting."""
         self._started_at, first = time.monotonic(), algorithm.agent_steps
-        with progress(self._plan.agent_steps, f"train {self._plan.game} ({self._plan.mode})", "agent steps") as bar:
+        label = f"train {self._plan.game} ({self._plan.mode})"
+        with deferred() as request, progress(self._plan.agent_steps, label, "agent steps") as bar:
             bar.advance(first)
             while algorithm.agent_steps < self._plan.agent_steps:
                 steps_before = algorithm.agent_steps
-                figures: dict[str, float] = algorithm.train()[RESULTS_KEY]
+                figures = self._step(algorithm)
                 bar.advance(algorithm.agent_steps - steps_before)
                 bar.note(f"return {figures['episode_return_mean']:.1f}, {figures['agent_steps_per_s']:.0f}/s")
-                is_end = algorithm.agent_steps >= self._plan.agent_steps
+                is_end, is_asked = algorithm.agent_steps >= self._plan.agent_steps, request.is_heard()
                 every = self._plan.train.checkpoint_agent_steps
-                is_checkpoint = steps_before // every < algorithm.agent_steps // every
+                is_checkpoint = steps_before // every < algorithm.agent_steps // every or is_asked
                 self._record(algorithm, figures, is_due=is_end or is_checkpoint)
-                if is_checkpoint and not is_end:
+                if is_checkpoint and (is_asked or not is_end):
                     self._save(algorithm)
+                if is_asked:
+                    raise Terminated(f"terminated; {self._kept(algorithm)}")
         return (algorithm.agent_steps - first) / max(time.monotonic() - self._started_at, 1e-9)
+
+    def _step(self, algorithm: LatentDQN) -> dict[str, float]:
+        """One training step's figures; what there is is kept where no worker is left to go on with."""
+        try:
+            figures: dict[str, float] = algorithm.train()[RESULTS_KEY]
+        except WorkersLost as error:
+            self._save(algorithm)
+            raise UserError(f"{error}; {self._kept(algorithm)}") from None
+        return figures
+
+    def _kept(self, algorithm: LatentDQN) -> str:
+        return f"{self._folder.name} is kept at {algorithm.agent_steps:,} agent steps: go on with --resume"
 
     def _record(self, algorithm: LatentDQN, figures: Mapping[str, float], *, is_due: bool) -> None:
         """Writes figures every few seconds, and every game that has ended by then on a line of its own."""
@@ -305,17 +268,11 @@ class _Session:
         lines = [(step, {"episode_return": value}) for step, value in algorithm.take_finished_games()]
         finite = {name: value for name, value in figures.items() if value is not None and math.isfinite(value)}
         lines.append((int(figures["agent_steps"]), {**finite, "seconds": time.monotonic() - self._started_at}))
-        with (self._folder / METRICS_FILE).open("a") as stream:
-            for step, values in lines:
-                stream.write(json.dumps({"step": step, **values}) + "\n")
-                self._run.log_metrics(values, step=step)
+        self._metrics.add(lines)
 
     def _forget_after(self, agent_steps: int) -> None:
         """Drops what a killed sitting recorded after its last checkpoint: it is played again."""
-        path = self._folder / METRICS_FILE
-        lines = path.read_text().split("\n")[:-1] if path.is_file() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= agent_steps]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        self._metrics.forget(lambda recorded: recorded > agent_steps)
         save_resolved(self._folder, self._plan, "train")  # its agent steps may be more
 
     def _save(self, algorithm: LatentDQN) -> None:
@@ -325,7 +282,7 @@ class _Session:
         """The encoder's hashes before the run's first update, in whatever sitting that was."""
         path = self._folder / START_FILE
         if not path.is_file():
-            path.write_text(json.dumps({"encoder_sha256s": algorithm.encoder_sha256s()}) + "\n")
+            write_text(path, json.dumps({"encoder_sha256s": algorithm.encoder_sha256s()}) + "\n")
         hashes: dict[str, str] = json.loads(path.read_text())["encoder_sha256s"]
         return hashes
 
@@ -354,7 +311,7 @@ class _Session:
             "episode_return_mean": figures["episode_return_mean"] if has_games else None,
             "run_folder": str(self._folder),
         }
-        (self._folder / RESULT_FILE).write_text(json.dumps(result, indent=1) + "\n")
+        write_text(self._folder / RESULT_FILE, json.dumps(result, indent=1) + "\n")
         return result
 
     def _write_policy(self, algorithm: LatentDQN, figures: Mapping[str, float]) -> Path:

@@ -1,4 +1,4 @@
-"""The two ways in which a stage ends other than well, each with its exit code."""
+"""The three ways in which a stage ends other than well, each with its exit code."""
 
 from __future__ import annotations
 
@@ -27,3 +27,20 @@ class TrackingPending(Exception):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class Terminated(SystemExit):
+    """The process was asked to end (SIGTERM), and has kept or dropped its work as the line says.
+
+    The command line prints the line and exits with code 143; uncaught it ends the process with that code too.
+
+    Attributes:
+        line: For the user: what is kept, and how to go on.
+    """
+
+    def __init__(self, line: str) -> None:
+        super().__init__(143)
+        self.line = line
+
+    def __str__(self) -> str:
+        return self.line

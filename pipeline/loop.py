@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.fs as pafs
 import ray
 import ray.train
 import ray.train.torch
@@ -24,7 +25,8 @@ from torch import Tensor
 
 from pipeline import models
 from pipeline.artifact import LatentStats
-from pipeline.checkpoint import Progress, load_checkpoint, save_checkpoint
+from pipeline.checkpoint import Progress, folder_name, load_checkpoint, save_checkpoint
+from pipeline.disk import full_disk_told
 from pipeline.errors import UserError
 from pipeline.models.distributions import bits_per_dim
 from pipeline.models.latent import ELBO, LatentModel, ModelConfig
@@ -46,12 +48,17 @@ class Job:
         config: Settings of the training.
         dataset: Opened in the driver; its address is absolute.
         mailbox: Actor handle of a Mailbox.
+        filesystem, storage: Where checkpoints are kept.
+        start: Path of the checkpoint to go on from; None starts anew.
     """
 
     model: ModelConfig
     config: PretrainConfig
     dataset: FramesDataset
     mailbox: Any
+    filesystem: pafs.FileSystem
+    storage: str
+    start: str | None = None
 
 
 @dataclass(frozen=True)
@@ -77,8 +84,8 @@ class Outcome:
     steps_per_worker: tuple[int, ...]
 
 
-def train_loop(arguments: dict[str, Any]) -> Outcome:
-    """Entry point of a Ray Train worker; `arguments["job"]` is a Job."""
+def train_loop(arguments: dict[str, Any]) -> Outcome | None:
+    """Entry point of a Ray Train worker; `arguments["job"]` is a Job. None where the driver asked it to stop."""
     return _Worker(arguments["job"]).run()
 
 
@@ -110,18 +117,24 @@ class _Worker:
         self._board = _Board(job, self._rank)
         self._startup_s = 0.0
         self._steps_here = 0
+        self._is_stopping = False
 
-    def run(self) -> Outcome:
-        """Trains to the end and sums up."""
-        first = self._progress.epoch
-        batches = training_batches(self._job.dataset, self._order, range(first, self._config.epochs), self._rank)
+    def run(self) -> Outcome | None:
+        """Trains to the end and sums up; ends with a checkpoint and None where it is asked to stop."""
+        epochs = range(self._progress.epoch, self._config.epochs)
+        batches = training_batches(self._job.dataset, self._order, epochs, self._rank, self._progress.batch)
         before = time.perf_counter()
         while self._progress.epoch < self._progress.planned_epochs:
             self._run_epoch(batches)
             self._progress.total_s += time.perf_counter() - before
             before = time.perf_counter()
-            self._plan_end()
-            self._report()
+            if self._progress.batch == 0:
+                self._plan_end()
+                self._report()
+            else:
+                self._keep({})
+            if self._is_stopping:
+                return None
         batches.close()
         return self._sum_up()
 
@@ -150,29 +163,47 @@ class _Worker:
         return model
 
     def _restore(self) -> None:
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is not None:
-            with checkpoint.as_directory() as folder:
-                self._progress = load_checkpoint(Path(folder), self._model, self._optimizer)
+        checkpoint = ray.train.get_checkpoint()  # of this sitting, where a worker was lost in it
+        if checkpoint is None and self._job.start is not None:
+            checkpoint = ray.train.Checkpoint(self._job.start, self._job.filesystem)
+        if checkpoint is None:
+            return
+        with checkpoint.as_directory() as folder:
+            self._progress = load_checkpoint(Path(folder), self._model, self._optimizer)
+        if self._rank == 0:
+            self._job.mailbox.say.remote(f"training goes on from its checkpoint after {self._progress.step:,} updates")
 
     def _run_epoch(self, batches: Iterator[Tensor]) -> None:
-        self._seed(self._progress.epoch)
+        progress = self._progress
         self._model.train()
         began = time.perf_counter()
-        for _ in range(self._order.num_batches):
+        while progress.batch < self._order.num_batches and not self._is_stopping:
             batch = next(batches)
             if not self._startup_s:
                 began = time.perf_counter()
                 self._startup_s = began - self._started
             self._step(batch)
-        self._progress.train_s += time.perf_counter() - began
-        self._progress.epoch += 1
+            self._listen()
+        progress.train_s += time.perf_counter() - began
+        if progress.batch == self._order.num_batches:
+            progress.epoch, progress.batch = progress.epoch + 1, 0
 
-    def _seed(self, epoch: int) -> None:
-        torch.manual_seed(hash((self._config.seed, epoch, self._rank)) & (2**63 - 1))
+    def _listen(self) -> None:
+        """Now and then: whether the driver wants training to stop. All ranks stop after the same update."""
+        if self._progress.step % self._config.log_every_steps:
+            return
+        wish = torch.tensor(int(self._board.is_asked_to_stop()))
+        if self._num_workers > 1:
+            dist.broadcast(wish, 0)
+        self._is_stopping = bool(wish)
+
+    def _seed(self, step: int) -> None:
+        """Makes what is random from here on depend on the update alone, so that training can go on after any."""
+        torch.manual_seed(hash((self._config.seed, step, self._rank)) & (2**63 - 1))
 
     def _step(self, batch_BHW: Tensor) -> None:
         progress = self._progress
+        self._seed(progress.step)
         rate = learning_rate(self._config, progress.step, progress.planned_epochs * self._order.num_batches)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
@@ -184,6 +215,7 @@ class _Worker:
             torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._max_norm)
         self._optimizer.step()
         progress.step += 1
+        progress.batch += 1
         progress.frames += self._order.batch_size
         self._steps_here += 1
         self._board.add(progress, terms, loss, rate)
@@ -203,12 +235,18 @@ class _Worker:
         """Ends an epoch: figures on held-out frames, and a checkpoint."""
         figures = self._monitor()
         self._board.post(self._progress, figures)
+        self._keep(figures)
+
+    def _keep(self, figures: dict[str, float]) -> None:
+        """Hands a checkpoint to Ray Train, which stores it; all ranks wait for that."""
         with tempfile.TemporaryDirectory() as folder:
-            checkpoint = None
+            checkpoint, name = None, folder_name(self._progress)
             if self._rank == 0:
-                save_checkpoint(Path(folder), self._model, self._optimizer, self._progress)
-                checkpoint = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report(figures, checkpoint, checkpoint_dir_name=f"epoch-{self._progress.epoch:05d}")
+                with full_disk_told(folder):
+                    save_checkpoint(Path(folder) / name, self._model, self._optimizer, self._progress)
+                checkpoint = ray.train.Checkpoint.from_directory(Path(folder) / name)
+            with full_disk_told(self._job.storage):
+                ray.train.report({**figures, "step": self._progress.step}, checkpoint, checkpoint_dir_name=name)
 
     def _monitor(self) -> dict[str, float]:
         """A quick look at a fixed sample of held-out frames."""
@@ -291,6 +329,8 @@ class _Board:
         self._rows: list[tuple[int, dict[str, float]]] = []
         self._sums: dict[str, float] = {}
         self._posted = self._counted = time.perf_counter()
+        self._answer: Any = None
+        self._is_asked_to_stop = False
 
     def add(self, progress: Progress, terms: ELBO, loss: Tensor, rate: float) -> None:
         """Takes in the figures of one step.
@@ -325,9 +365,15 @@ class _Board:
         """Sends what is queued."""
         rows, self._rows, self._posted = self._rows, [], time.perf_counter()
         if not self._is_silent:
-            sent = self._job.mailbox.put.remote(rows)
+            self._answer = self._job.mailbox.put.remote(rows)
             if wait:
-                ray.get(sent)
+                ray.get(self._answer)
+
+    def is_asked_to_stop(self) -> bool:
+        """Whether the driver asks training to stop, as of what it last answered."""
+        if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
+            self._is_asked_to_stop, self._answer = ray.get(self._answer), None
+        return self._is_asked_to_stop
 
 
 def _averages(terms: ELBO) -> dict[str, float]:

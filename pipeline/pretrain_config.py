@@ -26,7 +26,7 @@ class PretrainConfig:
         num_threads: torch threads of a worker; 0 means the machine's cores shared by its workers.
         max_seconds: Training ends after as many epochs as fit, at least one; 0 means no limit. With a limit the number
             of epochs depends on the machine's speed.
-        max_failures: How often training goes on from its last checkpoint after a worker has died.
+        max_failures: How often a sitting goes on from its last checkpoint by itself after a worker has died.
         monitor_frames: Frames for the look at held-out data after each epoch, and for the initial mean frame.
         stats_frames: Frames of the training split over which the latents' statistics are taken; 0 means all.
         log_every_steps: Updates between two rows of metrics.
@@ -44,7 +44,7 @@ class PretrainConfig:
     num_workers: int = 1
     num_threads: int = 0
     max_seconds: float = 0.0
-    max_failures: int = 0
+    max_failures: int = 3
     monitor_frames: int = 1024
     stats_frames: int = 16_384
     log_every_steps: int = 10

@@ -36,15 +36,17 @@ class Place:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What one task reads: ranges of rows, shuffled with a seed of its own; None keeps their order."""
+    """What one task reads: ranges of rows, shuffled with a seed of its own (None keeps their order), then without the
+    first `skip_rows`."""
 
     ranges: tuple[RowRange, ...]
     seed: tuple[int, ...] | None = None
+    skip_rows: int = 0
 
     @property
     def num_rows(self) -> int:
         """How many rows."""
-        return sum(rows.num_rows for rows in self.ranges)
+        return sum(rows.num_rows for rows in self.ranges) - self.skip_rows
 
     def read(self, place: Place, columns: Sequence[str]) -> pa.Table:
         """The chunk's rows as one table.
@@ -54,8 +56,8 @@ class Chunk:
         """
         table = pa.concat_tables(read_rows(place, rows, columns) for rows in self.ranges).combine_chunks()
         if self.seed is None:
-            return table
-        return table.take(np.random.default_rng(self.seed).permutation(table.num_rows))
+            return table.slice(self.skip_rows)
+        return table.take(np.random.default_rng(self.seed).permutation(table.num_rows)[self.skip_rows :])
 
 
 class FramesSource(Datasource):

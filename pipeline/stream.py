@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -34,7 +35,7 @@ Item = TypeVar("Item")
 
 
 def training_batches(
-    dataset: FramesDataset, order: ReadingOrder, epochs: range, worker: int
+    dataset: FramesDataset, order: ReadingOrder, epochs: range, worker: int, skip_batches: int = 0
 ) -> Generator[Tensor, None, None]:
     """A worker's batches of several epochs, one after the other, from a single Ray Data pipeline.
 
@@ -43,16 +44,18 @@ def training_batches(
         order: What is read when.
         epochs: Consecutive epochs.
         worker: Rank of this worker.
+        skip_batches: Batches of the first epoch that have been read before, and are not read again.
 
     Yields:
-        Exactly `len(epochs) * order.num_batches` tensors (order.worker_batch_size, H, W) uint8.
+        Exactly `len(epochs) * order.num_batches - skip_batches` tensors (order.worker_batch_size, H, W) uint8.
 
     Raises:
         UserError: A file is damaged; it is named.
         RuntimeError: Frames were lost on the way.
     """
     chunks = [chunk for epoch in epochs for chunk in _epoch_chunks(dataset, order, epoch, worker)]
-    expected = len(epochs) * order.num_batches
+    chunks = list(_after(chunks, skip_batches * order.worker_batch_size))
+    expected = len(epochs) * order.num_batches - skip_batches
     yield from _counted(_stream(dataset, chunks, order.worker_batch_size), expected, order.worker_batch_size)
 
 
@@ -79,6 +82,14 @@ def _spread(items: Sequence[Item], count: int) -> list[Item]:
 def _epoch_chunks(dataset: FramesDataset, order: ReadingOrder, epoch: int, worker: int) -> Iterator[Chunk]:
     for index, ranges in enumerate(_grouped(order.epoch(epoch, worker), _chunk_rows(dataset))):
         yield Chunk(ranges, (order.seed, epoch, worker, index))
+
+
+def _after(chunks: list[Chunk], num_rows: int) -> Iterator[Chunk]:
+    """What is left of chunks after their first `num_rows` rows."""
+    for chunk in chunks:
+        if num_rows < chunk.num_rows:
+            yield replace(chunk, skip_rows=num_rows)
+        num_rows = max(0, num_rows - chunk.num_rows)
 
 
 def _chunk_rows(dataset: FramesDataset) -> int:

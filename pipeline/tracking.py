@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from pipeline import machine, server
 from pipeline.delivery import BATCHED, MAX_PARAM_CHARS, SLOW, Delivery
+from pipeline.disk import write_text
 from pipeline.errors import TrackingPending, UserError
 from pipeline.outbox import Outbox, Refused
 from pipeline.server import Address
@@ -57,9 +58,7 @@ class RunRecord:
 
     def write(self, folder: Path) -> None:
         """Writes the record atomically."""
-        temporary = folder / f"{RUN_FILE}.tmp"
-        temporary.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
-        temporary.replace(folder / RUN_FILE)
+        write_text(folder / RUN_FILE, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> RunRecord:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -20,12 +21,15 @@ import pyarrow.fs as pafs
 import ray
 import ray.train
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from safetensors.torch import load_file
 
-from pipeline import models
+from pipeline import bundle, models
 from pipeline.artifact import save_encoder
-from pipeline.checkpoint import MODEL_FILE
-from pipeline.errors import UserError
+from pipeline.checkpoint import MODEL_FILE, keep_newest_sound
+from pipeline.disk import full, is_full
+from pipeline.errors import Terminated, UserError
 from pipeline.loop import Job, Outcome, train_loop
 from pipeline.mailbox import Mailbox
 from pipeline.models.latent import LatentModel, ModelConfig, ModelSettings
@@ -41,6 +45,8 @@ KEPT_CHECKPOINTS = 2
 SECONDS_BETWEEN_LOOKS = 0.3
 
 OnMetrics = Callable[[dict[str, float], int], None]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,7 @@ def pretrain(
     *,
     resume: bool = False,
     on_metrics: OnMetrics = lambda metrics, step: None,
+    is_asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> PretrainResult:
     """Trains a model on a dataset's training split with Ray Train; Ray must be running.
 
@@ -113,18 +120,25 @@ def pretrain(
         resume: Go on with the training of that name from its last checkpoint.
         on_metrics: Called with (figures, step) in a thread of this process, in order; after a resumption steps that
             were done since the last checkpoint come again.
+        is_asked_to_stop: Looked at several times a second in another thread; once it is true, training writes a
+            checkpoint within about `log_every_steps` updates and ends.
 
     Raises:
+        Terminated: It was asked to stop, and a checkpoint is written.
         UserError: The training exists already and `resume` is False, or the reverse; it was started with other settings
             (each is named); a file of the dataset is damaged; training diverged.
     """
     order = _order(config, dataset)
     model = settings.for_frames(dataset.preprocess.height, dataset.preprocess.width)
     filesystem, root = locate(storage_path)
-    _claim(filesystem, f"{root}/{run_name}", _record(model, config, dataset), run_name, resume=resume)
-    with _mail(on_metrics) as mailbox:
-        job = Job(model, config, dataset, mailbox)
-        result = _fit(job, filesystem, root, run_name)
+    folder = f"{root}/{run_name}"
+    _claim(filesystem, folder, _record(model, config, dataset), run_name, resume=resume)
+    start = _start(filesystem, folder) if resume else None
+    with _mail(on_metrics, is_asked_to_stop) as mailbox:
+        job = Job(model, config, dataset, mailbox, filesystem, folder, start)
+        result = _fit(job, root, run_name)
+    if result.return_value is None:
+        raise Terminated(f"terminated; training is kept at {result.metrics['step']:,} updates: go on with --resume")
     if resume and bundle_path.exists():
         shutil.rmtree(bundle_path)
     return _finish(job, order, result, bundle_path)
@@ -144,7 +158,7 @@ def _order(config: PretrainConfig, dataset: FramesDataset) -> ReadingOrder:
 def _record(model: ModelConfig, config: PretrainConfig, dataset: FramesDataset) -> dict[str, Any]:
     """What must be the same for a training to go on, in flat keys."""
     record = {f"model.{key}": value for key, value in models.to_record(model).items()}
-    record |= {f"train.{key}": value for key, value in asdict(config).items()}
+    record |= {f"train.{key}": value for key, value in asdict(config).items() if key != "max_failures"}
     record["dataset digest"] = dataset.digest
     return dict(json.loads(json.dumps(record)))
 
@@ -176,21 +190,47 @@ def _require_same(stored: dict[str, Any], record: dict[str, Any], folder: str) -
         )
 
 
+def _start(filesystem: pafs.FileSystem, folder: str) -> str | None:
+    """The checkpoint to go on from.
+
+    Ray Train's own record of checkpoints is dropped: it is not written atomically, so that a full disk or a kill
+    leaves half of it, and it knows nothing of the checkpoints' bytes.
+    """
+    record = f"{folder}/{CHECKPOINT_MANAGER_SNAPSHOT_FILENAME}"
+    if filesystem.get_file_info(record).type == pafs.FileType.File:
+        filesystem.delete_file(record)
+    start = keep_newest_sound(filesystem, folder)
+    if start is None:
+        log.warning("there is no whole checkpoint at %s: training starts from its beginning", folder)
+    return start
+
+
 @contextlib.contextmanager
-def _mail(on_metrics: OnMetrics) -> Iterator[Any]:
-    """A mailbox whose content a thread hands to `on_metrics`; all of it has been handed over at the end."""
-    mailbox = Mailbox.remote()  # type: ignore[attr-defined]
+def _mail(on_metrics: OnMetrics, is_asked_to_stop: Callable[[], bool]) -> Iterator[Any]:
+    """A mailbox whose content a thread hands to `on_metrics`; all of it has been handed over at the end.
+
+    It lies on this process's node, so that it is not lost with another one.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    mailbox = Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     has_ended = threading.Event()
     failures: list[BaseException] = []
 
     def hand_over() -> None:
-        for step, values in ray.get(mailbox.take.remote()):
+        rows, lines = ray.get(mailbox.take.remote())
+        for line in lines:
+            log.warning(line)
+        for step, values in rows:
             on_metrics(values, step)
 
     def watch() -> None:
+        has_asked = False
         try:
             while not has_ended.wait(SECONDS_BETWEEN_LOOKS):
                 hand_over()
+                if not has_asked and is_asked_to_stop():
+                    has_asked = True
+                    mailbox.ask_to_stop.remote()
         except Exception as error:  # raised again in the driver's own thread
             failures.append(error)
 
@@ -207,7 +247,7 @@ def _mail(on_metrics: OnMetrics) -> Iterator[Any]:
     ray.kill(mailbox)
 
 
-def _fit(job: Job, filesystem: pafs.FileSystem, root: str, name: str) -> ray.train.Result:
+def _fit(job: Job, root: str, name: str) -> ray.train.Result:
     """Runs the workers to the end."""
     trainer = TorchTrainer(
         train_loop,
@@ -216,19 +256,49 @@ def _fit(job: Job, filesystem: pafs.FileSystem, root: str, name: str) -> ray.tra
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=root,
-            storage_filesystem=filesystem,
+            storage_filesystem=job.filesystem,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
             failure_config=ray.train.FailureConfig(max_failures=job.config.max_failures),
+            callbacks=[_Failures(job.mailbox, job.config.max_failures)],
         ),
     )
     try:
         return _beside_main_thread(trainer.fit)
     except ray.train.TrainingFailedError as error:
-        for failure in getattr(error, "worker_failures", {}).values():
-            reason = getattr(failure, "cause", failure)
+        failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
+        for reason in (getattr(failure, "cause", failure) for failure in failures):
             if isinstance(reason, UserError):
                 raise UserError(*reason.args) from None
+            if isinstance(reason, OSError) and is_full(reason):
+                raise full(job.storage) from None
         raise
+
+
+class _Failures(ray.train.UserCallback):
+    """Says what becomes of a training whose worker has failed; ends it where another try cannot help.
+
+    It runs in Ray Train's controller.
+    """
+
+    def __init__(self, mailbox: Any, max_failures: int) -> None:
+        self._mailbox, self._max_failures, self._num_failures = mailbox, max_failures, 0
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Ray Train's hook.
+
+        Raises:
+            UserError: A worker raised it: the data or the settings are at fault, and would be again.
+        """
+        for error in worker_exceptions.values():
+            reason = getattr(error, "cause", error)
+            if isinstance(reason, UserError):
+                raise reason
+        self._num_failures += 1
+        who = ", ".join(f"{rank} ({type(error).__name__})" for rank, error in sorted(worker_exceptions.items()))
+        what = f"training worker {who} failed"
+        if self._num_failures <= self._max_failures:
+            what += f"; going on from the last checkpoint, {self._num_failures} of {self._max_failures} times"
+        self._mailbox.say.remote(what)
 
 
 def _beside_main_thread(call: Callable[[], ray.train.Result]) -> ray.train.Result:
@@ -252,7 +322,7 @@ def _beside_main_thread(call: Callable[[], ray.train.Result]) -> ray.train.Resul
 def _finish(job: Job, order: ReadingOrder, result: ray.train.Result, bundle_path: Path) -> PretrainResult:
     """Writes the bundle from the last checkpoint and the workers' outcome."""
     outcome: Outcome = result.return_value
-    model = _trained(job.model, result)
+    model = _trained(job, result)
     card = _card(job, order, outcome)
     sha256 = save_encoder(bundle_path, model, outcome.stats, job.dataset.preprocess, card)
     progress = outcome.progress
@@ -272,9 +342,13 @@ def _finish(job: Job, order: ReadingOrder, result: ray.train.Result, bundle_path
     )
 
 
-def _trained(config: ModelConfig, result: ray.train.Result) -> LatentModel:
-    model = models.build(config)
-    with result.checkpoint.as_directory() as folder:
+def _trained(job: Job, result: ray.train.Result) -> LatentModel:
+    model = models.build(job.model)
+    checkpoint = result.checkpoint or ray.train.Checkpoint(
+        job.start, job.filesystem
+    )  # none where nothing was left to do
+    with checkpoint.as_directory() as folder:
+        bundle.verify(Path(folder))
         model.load_state_dict(load_file(Path(folder) / MODEL_FILE))
     return model.eval()
 

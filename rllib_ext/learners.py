@@ -10,6 +10,7 @@ from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_METRICS_LOGGER, DEFAULT_
 from ray.rllib.core.learner.learner_group import LearnerGroup
 from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 
+from pipeline.errors import UserError
 from rllib_ext.learner import LatentDQNLearner, LearnerReport
 from rllib_ext.replay import Transitions
 
@@ -51,8 +52,11 @@ class Learners:
 
 def _values(results: Any) -> list[Any]:
     for result in results:
-        if not result.ok:
-            raise result.get()
+        error = None if result.ok else result.get()
+        if isinstance(error, ray.exceptions.RayActorError):
+            raise UserError(f"a learner is lost ({type(error).__name__}); go on from the last checkpoint with --resume")
+        if error is not None:
+            raise error
     return [result.get() for result in results]
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import ray
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
 
+from pipeline.errors import UserError
 from rllib_ext import compat
 from rllib_ext.settings import DQNSettings
 
@@ -23,6 +24,10 @@ logger = logging.getLogger(__name__)
 _SECONDS_BETWEEN_PROBES = 1.0
 _PROBE_S = 0.2
 _REVIVAL_LIMIT_S = 180.0
+
+
+class WorkersLost(UserError):
+    """All rollout workers are gone; what the driver holds is whole."""
 
 
 class Weights(NamedTuple):
@@ -126,7 +131,7 @@ class RolloutWorkers:
             Their indices.
 
         Raises:
-            RuntimeError: All of them have been gone for long.
+            WorkersLost: All of them have been gone for long.
         """
         lost = set(self._ids) - set(self._healthy())
         now = time.monotonic()
@@ -145,10 +150,7 @@ class RolloutWorkers:
             return
         self._all_lost_at = self._all_lost_at or now
         if now - self._all_lost_at > _REVIVAL_LIMIT_S:
-            raise RuntimeError(
-                f"all {num_lost} rollout workers are lost and none came back within {_REVIVAL_LIMIT_S:.0f} s; resume "
-                f"from the last checkpoint when the cluster has room for them"
-            )
+            raise WorkersLost(f"all {num_lost} rollout workers are lost and none came back in {_REVIVAL_LIMIT_S:.0f} s")
 
     def _healthy(self) -> list[int]:
         return self._ids if self._local is not None else sorted(self._group.healthy_env_runner_ids())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import torch
 from toy_frames import toy_dataset
 
 from pipeline.artifact import load_encoder, load_model
-from pipeline.errors import UserError
+from pipeline.errors import Terminated, UserError
 from pipeline.loop import learning_rate
 from pipeline.models.vae import VAESettings
 from pipeline.store import FramesDataset
@@ -141,21 +142,72 @@ def _kill(driver: subprocess.Popen) -> None:
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(trained, dataset, tmp_path):
     result, _, _ = trained
     driver = _start(dataset, tmp_path)
-    _wait_for(driver, tmp_path / "checkpoints" / "epoch-00001" / "progress.json")
+    _wait_for(driver, tmp_path / "checkpoints" / "step-000000020" / "progress.json")
     _kill(driver)
     assert not (tmp_path / "bundle").exists()
     resumed = _start(dataset, tmp_path, resume=True)
     assert resumed.wait(timeout=300) == 0
     ours, theirs = load_model(tmp_path / "bundle").state_dict(), load_model(result.bundle_path).state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    optimizers = [path / "checkpoints" / "epoch-00004" / "optimizer.safetensors" for path in (tmp_path, trained[1])]
+    optimizers = [path / "checkpoints" / "step-000000080" / "optimizer.safetensors" for path in (tmp_path, trained[1])]
     assert optimizers[0].read_bytes() == optimizers[1].read_bytes()
     assert (tmp_path / "bundle" / "SHA256SUMS").read_text() == (result.bundle_path / "SHA256SUMS").read_text()
 
 
+def test_asked_to_stop_it_keeps_its_place_within_an_epoch_and_goes_on_bit_for_bit(dataset, tmp_path):
+    config, heard = replace(CONFIG, epochs=2, frames_per_epoch=16_000), []
+    whole = train(dataset, tmp_path / "whole", config)
+    with pytest.raises(Terminated, match=r"kept at ([\d,]+) updates: go on with --resume") as caught:
+        train(
+            dataset,
+            tmp_path / "cut",
+            config,
+            on_metrics=lambda values, step: heard.append(step),
+            is_asked_to_stop=lambda: heard[-1:] > [200],
+        )
+    (checkpoint,) = (tmp_path / "cut" / "checkpoints").glob("step-*")
+    kept_at = int(checkpoint.name.removeprefix("step-"))
+    assert f"{kept_at:,}" in caught.value.line
+    assert 200 < kept_at < 1_000, "it did not wait for the end of the epoch"
+    assert kept_at % CONFIG.log_every_steps == 0
+    resumed = train(dataset, tmp_path / "cut", config, resume=True)
+    assert resumed.steps == whole.steps == 2_000
+    assert resumed.steps_per_worker == (2_000 - kept_at,)
+    assert resumed.sha256 == whole.sha256
+
+
+def spoil(checkpoint: Path, how: str) -> None:
+    file = checkpoint / "model.safetensors"
+    if how == "a bit":
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    elif how == "half":
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    else:  # as a kill leaves it while it is copied
+        (checkpoint / "SHA256SUMS").unlink()
+
+
+@pytest.mark.parametrize("how", ["a bit", "half", "unsealed"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(trained, dataset, tmp_path, how, caplog):
+    config = replace(CONFIG, epochs=4)
+    shutil.copytree(trained[1], tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert [path.name for path in sorted(checkpoints.glob("step-*"))] == ["step-000000060", "step-000000080"]
+    spoil(checkpoints / "step-000000080", how)
+    (checkpoints / "checkpoint_manager_snapshot.json").write_text('{"ray_version": "2.60')  # as a full disk leaves it
+    heard: list[int] = []
+    resumed = train(dataset, tmp_path / "run", config, resume=True, on_metrics=lambda values, step: heard.append(step))
+    assert min(heard) == 65
+    assert resumed.sha256 == trained[0].sha256
+    lines = [record.getMessage() for record in caplog.records]
+    assert any("a checkpoint is not used" in line and "step-000000080" in line for line in lines)
+    assert "training goes on from its checkpoint after 60 updates" in lines
+
+
 def test_an_interrupt_ends_it_and_leaves_no_process(dataset, tmp_path):
     driver = _start(dataset, tmp_path, epochs=5000)
-    _wait_for(driver, tmp_path / "checkpoints" / "epoch-00001" / "progress.json")
+    _wait_for(driver, tmp_path / "checkpoints" / "step-000000020" / "progress.json")
     family = psutil.Process(driver.pid).children(recursive=True)
     driver.send_signal(signal.SIGINT)
     assert driver.wait(timeout=60) == 130

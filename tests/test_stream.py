@@ -58,6 +58,15 @@ def test_an_epoch_is_the_split_once_less_the_remainder(dataset):
     assert order.remainder < 64
 
 
+@pytest.mark.parametrize("num_batches", [0, 1, 7, 40, 58])
+def test_what_was_read_before_is_skipped_and_the_rest_is_the_same(dataset, num_batches, monkeypatch):
+    monkeypatch.setattr(stream, "CHUNK_BYTES", 1_000 * 120)  # several chunks an epoch
+    order, epochs = plan(dataset), range(2)
+    assert order.num_batches > 58
+    rest = training_batches(dataset, order, epochs, 0, num_batches)
+    assert [s for batch in rest for s in stamps(batch.numpy())] == read(dataset, order, epochs)[64 * num_batches :]
+
+
 def test_no_episode_leaks_into_the_other_split(dataset):
     train, val = numbers_of(dataset, "train"), numbers_of(dataset, "val")
     assert train.isdisjoint(val)

@@ -19,6 +19,7 @@ from peers.measuring import ray_here
 from curves.arms import Cell
 from curves.rally import GymRally, rally_factory, rally_preprocess
 from jobs import collect, evaluate, pretrain, train
+from jobs.metrics import METRICS_FILE
 from jobs.recipes import PRETRAIN_RECIPES
 from jobs.workspace import Workspace
 from pipeline.errors import UserError
@@ -78,7 +79,7 @@ def atari(cell: Cell, folder: Path) -> dict[str, Any]:
         seed=cell.seed,
         register=f"pong-{cell.arm}-{cell.seed}",
     )
-    games, seconds = read_games(Path(result["run_folder"]) / train.METRICS_FILE)
+    games, seconds = read_games(Path(result["run_folder"]) / METRICS_FILE)
     greedy = evaluate.run(workspace, result["policy"], episodes=GREEDY_EPISODES, seed=cell.seed)
     return {"games": games, "seconds": seconds, "updates": result["updates"], "greedy": greedy["returns"]}
 

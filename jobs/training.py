@@ -1,0 +1,64 @@
+"""What a run of `latentrl train` is: its settings, resolved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.errors import UserError
+from pipeline.models.latent import ModelSettings
+from rllib_ext.settings import DQNSettings, QConfig
+
+
+@dataclass(frozen=True)
+class Training:
+    """The resolved settings of a run.
+
+    Attributes:
+        recipe: Its name.
+        game: ALE's id.
+        protocol: The rules that the game is played by.
+        mode: "frozen", "finetune" or "pixels".
+        encoder: Address as given; None for pixels.
+        encoder_uri: The address that means this version for ever, where there is one.
+        encoder_sha256: Of the encoder's bundle.
+        agent_steps: Decisions to take, over all runners.
+        num_env_runners: Remote rollout workers; 0 samples in the driver.
+        num_learners: Remote learners; 0 learns in the driver.
+        seed: Of everything random.
+        q: The Q network.
+        train: The Q-learning.
+        model: The encoder's architecture for pixels mode.
+    """
+
+    recipe: str
+    game: str
+    protocol: str
+    mode: str
+    encoder: str | None
+    encoder_uri: str | None
+    encoder_sha256: str | None
+    agent_steps: int
+    num_env_runners: int
+    num_learners: int
+    seed: int
+    q: QConfig
+    train: DQNSettings
+    model: ModelSettings
+
+    def check(self) -> None:
+        """Refuses counts that make no run; the rest is up to `LatentDQNConfig.check`.
+
+        Raises:
+            UserError: The first problem.
+        """
+        if self.agent_steps < 1:
+            raise UserError(f"--agent-steps is {self.agent_steps}; ask for 1 or more")
+        if self.num_env_runners < 0:
+            raise UserError(f"--num-env-runners is {self.num_env_runners}; give 0 (in this process) or more")
+        if self.num_learners < 0:
+            raise UserError(f"--num-learners is {self.num_learners}; give 0 (in this process) or more")
+
+    def describe_workers(self) -> str:
+        """The actors that the run needs at once, in words."""
+        counts = [(self.num_env_runners, "rollout worker"), (self.num_learners, "learner")]
+        return " and ".join(f"{count} {name}{'s' * (count != 1)}" for count, name in counts if count) or "the driver"
