@@ -5,20 +5,25 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import ray
 
+from jobs.watch import watched
 from jobs.workspace import Workspace
 from pipeline.errors import UserError
 
 _CONNECT_LIMIT_S = 15.0
 _OBJECT_STORE_BYTES = 1 << 30
+_SMALLEST_OBJECT_STORE_BYTES = 80 << 20  # Ray refuses less than 75 MiB
+_SHARED_MEMORY = Path("/dev/shm")
 
 
 @contextlib.contextmanager
@@ -37,7 +42,8 @@ def ray_session(workspace: Workspace, *, needs: dict[str, float], what: str) -> 
     """
     if ray.is_initialized():
         _require(needs, what)
-        yield
+        with watched(what, needs):
+            yield
         return
     on_terminate = signal.getsignal(signal.SIGTERM)
     if workspace.ray_address is None:
@@ -49,13 +55,15 @@ def ray_session(workspace: Workspace, *, needs: dict[str, float], what: str) -> 
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own in its place
         _require(needs, what)
-        yield
+        with watched(what, needs):
+            yield
     finally:
         ray.shutdown()
 
 
 def _start_local() -> None:
     memory = min(_OBJECT_STORE_BYTES, psutil.virtual_memory().available // 4)
+    _require_object_store(memory)
     ray.init(
         address="local",
         num_cpus=os.cpu_count(),
@@ -65,6 +73,26 @@ def _start_local() -> None:
         logging_level=logging.ERROR,
         configure_logging=True,
     )
+
+
+def _require_object_store(memory: int) -> None:
+    """Refuses to start where Ray could not; says when Ray will put its object store onto the disk.
+
+    Raises:
+        UserError: Too little memory is free.
+    """
+    if memory < _SMALLEST_OBJECT_STORE_BYTES:
+        raise UserError(
+            f"this machine has {4 * memory >> 20} MiB of memory free, and Ray with its object store needs at least "
+            f"{4 * _SMALLEST_OBJECT_STORE_BYTES >> 20}; end other programs"
+        )
+    free = shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else memory
+    if free < memory:
+        print(
+            f"note: {_SHARED_MEMORY} has {free >> 20} MiB free, Ray's object store takes {memory >> 20}: it goes to "
+            f"the disk and is slower (docker: --shm-size=2g)",
+            file=sys.stderr,
+        )
 
 
 def _join(address: str) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from jobs.watch import sign_of_life
+
 _SECONDS_BETWEEN_LINES = 10.0  # where stderr is a file or a pipe
 
 
@@ -20,6 +22,7 @@ class Progress:
 
     def advance(self, amount: float) -> None:
         """Moves the bar by an amount in its unit."""
+        sign_of_life()
         self._bar.update(amount)
 
     def note(self, text: str) -> None:

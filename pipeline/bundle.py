@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from pipeline.disk import full_disk_told
 from pipeline.errors import UserError
 
 SUMS_FILE = "SHA256SUMS"
@@ -29,7 +30,7 @@ def writing(path: Path, earlier: Path | None = None) -> Iterator[Path]:
             are those of when they were written, so that bytes that have changed since do not pass for sound.
 
     Raises:
-        UserError: `path` exists, or cannot be written.
+        UserError: `path` exists, or cannot be written, or the disk is full.
     """
     if path.exists():
         raise UserError(f"{path} exists already; name another folder or remove it")
@@ -39,12 +40,21 @@ def writing(path: Path, earlier: Path | None = None) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"cannot write the bundle {path} ({error.strerror}); choose another folder") from None
     try:
-        yield draft
-        (draft / SUMS_FILE).write_text(_sums(draft, earlier))
+        with full_disk_told(path):
+            yield draft
+            (draft / SUMS_FILE).write_text(_sums(draft, earlier))
+            _reach_disk(draft)
         draft.chmod(0o755)
         os.replace(draft, path)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _reach_disk(draft: Path) -> None:
+    """Files that are linked from an earlier bundle have reached it then, and cost nothing here."""
+    for name in [*_file_names(draft), SUMS_FILE]:
+        with (draft / name).open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def discard_drafts(path: Path) -> None:

@@ -8,12 +8,10 @@ of workers. A *shard*, the unit of work, is a few lanes stepped together.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,14 +19,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
-import ray
 
-from pipeline.atari import make_vector
-from pipeline.errors import UserError
-from pipeline.lanes import Lane, LaneResult, LaneWriter
+from pipeline.crew import Crew
+from pipeline.disk import full_disk_told
+from pipeline.errors import Terminated, UserError
+from pipeline.lanes import Lane, LaneResult
 from pipeline.policies import BehaviourFactory
-from pipeline.protocols import protocol_rules
-from pipeline.schema import EPISODES_SCHEMA, ROW_GROUP_ROWS, Preprocess
+from pipeline.schema import EPISODES_SCHEMA, Preprocess
 from pipeline.storage import locate, reason, require_bucket, shown, writing_told
 from pipeline.store import (
     FramesDataset,
@@ -89,30 +86,30 @@ def collect(
         with_ram: Stores the emulator's RAM beside each frame.
         num_workers: Actors, one CPU and one environment thread each.
         overwrite: Replaces what is at `out`.
-        on_rows: Called with the number of rows that were just written.
+        on_rows: Called with the number of rows that were just written; negative where they were lost with a worker.
 
     Raises:
         UserError: `out` exists or cannot be written, or the disk is full; nothing is left behind.
     """
     require_room(out, frames, overwrite=overwrite)
     filesystem, root = _make_room(out, overwrite=overwrite)
-    workers: list[Any] = []
+    crew = Crew((filesystem, root), preprocess, num_workers, with_ram=with_ram)
     try:
-        place = (filesystem, root)
-        workers += [_Collector.remote(place, preprocess, with_ram) for _ in range(num_workers)]  # type: ignore[attr-defined]
-        ray.get([worker.ready.remote() for worker in workers])
+        crew.wait_until_ready()
         start = time.perf_counter()
-        with writing_told(filesystem, out), _full_disk_told(out):
-            results, rows_per_worker = _run_shards(workers, plan_shards(frames, seed), behaviour, on_rows)
+        with writing_told(filesystem, out), full_disk_told(shown(out)):
+            results = crew.play(plan_shards(frames, seed), behaviour, on_rows)
             require_written(filesystem, root, (result.file for result in results), out)
             settings = {**played_by, "seed": seed, "lanes": len(results)}
             _finish(filesystem, root, preprocess, results, seed=seed, with_ram=with_ram, collection=settings)
-    except BaseException:
-        for worker in workers:
-            ray.kill(worker)  # first, so that none writes into what is deleted
+    except BaseException as error:
+        crew.stop()  # first, so that no worker writes into what is deleted
         _delete(filesystem, root, out)
+        if isinstance(error, Terminated):
+            raise Terminated(f"terminated; nothing of {shown(out)} was kept: run the same command again") from None
         raise
-    return Collected(FramesDataset.open(out), time.perf_counter() - start, rows_per_worker)
+    crew.stop()
+    return Collected(FramesDataset.open(out), time.perf_counter() - start, crew.rows_per_worker)
 
 
 def require_room(out: str, frames: int, *, overwrite: bool) -> None:
@@ -146,12 +143,17 @@ def _require_writable(root: Path, out: str) -> None:
 
 
 def _make_room(out: str, *, overwrite: bool) -> tuple[pafs.FileSystem, str]:
-    """Leaves an empty `data` folder at the root of the dataset."""
+    """Leaves an empty `data` folder at the root of the dataset, which no other collection has made."""
     filesystem, root = locate(out)
     try:
         if overwrite and filesystem.get_file_info(root).type == pafs.FileType.Directory:
             clear(filesystem, root)
-        filesystem.create_dir(f"{root}/data", recursive=True)
+        if isinstance(filesystem, pafs.LocalFileSystem):
+            Path(root, "data").mkdir(parents=True)
+        else:
+            filesystem.create_dir(f"{root}/data", recursive=True)
+    except FileExistsError:
+        raise UserError(f"another collection is writing {out}; wait for it or name another folder") from None
     except OSError as error:
         raise _unwritable(out, error) from None
     return filesystem, root
@@ -173,51 +175,6 @@ def _delete(filesystem: pafs.FileSystem, root: str, out: str) -> None:
         filesystem.delete_dir(root)
     except OSError as error:
         log.warning("what was written to %s is left there, without a manifest (%s)", shown(out), reason(error))
-
-
-@contextlib.contextmanager
-def _full_disk_told(out: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        cause: Any = getattr(error, "cause", error)
-        if isinstance(cause, OSError) and (cause.errno == errno.ENOSPC or "No space left" in str(cause)):
-            raise UserError(
-                f"the disk of {shown(out)} is full; free space or name another folder (nothing was kept)"
-            ) from None
-        raise
-
-
-def _run_shards(
-    workers: list[Any], shards: list[list[Lane]], behaviour: BehaviourFactory, on_rows: Callable[[int], None]
-) -> tuple[list[LaneResult], dict[str, int]]:
-    """Hands each idle worker the next shard; results come back in order of their lanes."""
-    waiting, running, results = list(shards), {}, []
-    rows_per_worker = {str(i): 0 for i in range(len(workers))}
-
-    def give_work(index: int) -> None:
-        if waiting:
-            stream = workers[index].run.remote(waiting.pop(0), behaviour)
-            running[stream] = index
-
-    for index in range(len(workers)):
-        give_work(index)
-    while running:
-        ready, _ = ray.wait(list(running), num_returns=1)
-        for stream in ready:
-            index = running[stream]
-            try:
-                item = ray.get(next(stream))
-            except StopIteration:
-                del running[stream]
-                give_work(index)
-                continue
-            if isinstance(item, int):
-                on_rows(item)
-                rows_per_worker[str(index)] += item
-            else:
-                results.extend(item)
-    return sorted(results, key=lambda result: result.lane.index), rows_per_worker
 
 
 def _finish(
@@ -242,57 +199,3 @@ def _finish(
         has_ram=with_ram,
         collection=collection,
     )
-
-
-@ray.remote(num_cpus=1)
-class _Collector:
-    """A worker: plays the lanes of a shard and writes their files."""
-
-    def __init__(self, place: tuple[pafs.FileSystem, str], preprocess: Preprocess, with_ram: bool) -> None:
-        self._filesystem, self._root = place
-        self._preprocess = preprocess
-        self._with_ram = with_ram
-        pa.array(
-            [0]
-        )  # pyarrow imports pandas at its first array, a third of a second: better now than in the first shard
-
-    def ready(self) -> bool:
-        """Answers once the process has started."""
-        return True
-
-    @ray.method(num_returns="streaming")
-    def run(self, lanes: list[Lane], behaviour: BehaviourFactory) -> Iterator[int | list[LaneResult]]:
-        """Yields numbers of written rows as they come, and at last the results of the lanes."""
-        writers = [LaneWriter(self._filesystem, self._root, self._preprocess, lane, self._with_ram) for lane in lanes]
-        yield from play_lanes(self._preprocess, lanes, writers, behaviour, with_ram=self._with_ram)
-        yield [writer.close() for writer in writers]
-
-
-def play_lanes(
-    preprocess: Preprocess,
-    lanes: list[Lane],
-    writers: list[LaneWriter],
-    behaviour: BehaviourFactory,
-    *,
-    with_ram: bool,
-) -> Iterator[int]:
-    """Steps the lanes' environments together until every writer has its rows; yields numbers of rows written."""
-    rules = protocol_rules(preprocess.protocol)
-    seeds = [lane.seed for lane in lanes]
-    policy = behaviour(preprocess, seeds)
-    env = make_vector(preprocess, len(lanes), with_ram=with_ram, life_loss_ends=rules.life_loss_ends_episode)
-    step = env.reset(np.array(seeds, np.int64))
-    is_first, pending = np.ones(len(lanes), bool), 0
-    while any(not writer.is_full for writer in writers):
-        actions = policy.act(step.frames, is_first)
-        ended = step.terminated | step.truncated
-        following = env.step(actions)
-        for index, writer in enumerate(writers):
-            pending += writer.add(step, index, int(actions[index]), float(following.rewards[index]))
-        is_first, step = ended, following
-        if pending >= ROW_GROUP_ROWS:
-            yield pending
-            pending = 0
-    env.close()
-    if pending:
-        yield pending

@@ -1,7 +1,8 @@
-"""A lane of a collection: one environment's rows of a dataset, written to a Parquet file of its own."""
+"""Lanes: environments that play and write, each its share of a dataset's rows into a Parquet file of its own."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,9 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from pipeline.atari import Step
+from pipeline.atari import Step, make_vector
+from pipeline.policies import BehaviourFactory
+from pipeline.protocols import protocol_rules
 from pipeline.schema import RAM_BYTES, ROW_GROUP_ROWS, Preprocess, frames_schema
 from pipeline.storage import hash_file
 from pipeline.store import FileEntry
@@ -35,6 +38,36 @@ class LaneResult:
     lane: Lane
     file: FileEntry
     episodes: list[tuple[int, int, int, float]]
+
+
+def play_lanes(
+    preprocess: Preprocess,
+    lanes: list[Lane],
+    writers: list[LaneWriter],
+    behaviour: BehaviourFactory,
+    *,
+    with_ram: bool,
+) -> Iterator[int]:
+    """Steps the lanes' environments together until every writer has its rows; yields numbers of rows written."""
+    rules = protocol_rules(preprocess.protocol)
+    seeds = [lane.seed for lane in lanes]
+    policy = behaviour(preprocess, seeds)
+    env = make_vector(preprocess, len(lanes), with_ram=with_ram, life_loss_ends=rules.life_loss_ends_episode)
+    step = env.reset(np.array(seeds, np.int64))
+    is_first, pending = np.ones(len(lanes), bool), 0
+    while any(not writer.is_full for writer in writers):
+        actions = policy.act(step.frames, is_first)
+        ended = step.terminated | step.truncated
+        following = env.step(actions)
+        for index, writer in enumerate(writers):
+            pending += writer.add(step, index, int(actions[index]), float(following.rewards[index]))
+        is_first, step = ended, following
+        if pending >= ROW_GROUP_ROWS:
+            yield pending
+            pending = 0
+    env.close()
+    if pending:
+        yield pending
 
 
 class LaneWriter:

@@ -25,6 +25,7 @@ from pipeline.server import Address
 RUN_FILE = "run.json"
 SYSTEM_METRICS_EVERY_S = 10.0
 CLOSE_PATIENCE_S = 15.0
+KILLED_PATIENCE_S = 3.0  # whoever ends the process does not wait long
 REPORTED_PACKAGES = ("latentrl", "torch", "ray", "mlflow", "numpy", "pyarrow", "ale-py")
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -234,14 +235,14 @@ class Run:
     def close(self, status: Status = "FINISHED") -> None:
         """Ends the run and waits for delivery while it makes progress; sets `pending` when something stays behind.
 
-        Gives up when the server has been away for 15 s.
+        Gives up when the server has been away for 15 s; 3 s where the run is killed.
         """
         if self._is_closed:
             return
         self._is_closed = True
         self._stop_meter()
         self.outbox.append("status", {"status": status})
-        self.pending = self.outbox.close(CLOSE_PATIENCE_S) > 0
+        self.pending = self.outbox.close(KILLED_PATIENCE_S if status == "KILLED" else CLOSE_PATIENCE_S) > 0
 
     def delivered(self, result: dict[str, Any]) -> dict[str, Any]:
         """A stage's result, passed on after `close`.
@@ -250,7 +251,9 @@ class Run:
             TrackingPending: Operations are still in the journal; it carries the result.
         """
         if self.pending:
-            raise TrackingPending(pending_message(self.folder, self.uri, self.outbox), result)
+            raise TrackingPending(
+                f"the work is done, but {pending_message(self.folder, self.uri, self.outbox)}", result
+            )
         return result
 
     def __enter__(self) -> Run:
@@ -261,8 +264,10 @@ class Run:
     ) -> None:
         if kind is None:
             self.close("FINISHED")
-        else:
-            self.close("FAILED" if issubclass(kind, Exception) else "KILLED")
+            return
+        self.close("FAILED" if issubclass(kind, Exception) else "KILLED")
+        if self.pending:
+            log.warning(pending_message(self.folder, self.uri, self.outbox))
 
     def _log_machine(self, figures: dict[str, float]) -> None:
         seconds = time.time() - self.record.started_ms / 1000
@@ -282,7 +287,7 @@ def open_outbox(folder: Path, record: RunRecord, address: Address, *, lock_wait_
 def pending_message(folder: Path, uri: str, outbox: Outbox) -> str:
     """One line for the user about a journal that could not be delivered to its end."""
     return (
-        f"the work is done, but {outbox.num_pending} entries of run {folder.name} have not reached {uri} "
+        f"{outbox.num_pending} entries of run {folder.name} have not reached {uri} "
         f"({outbox.last_error or 'it is slow'}); they are safe in {folder}; "
         f"when it is back, run: latentrl sync {folder.name}"
     )

@@ -22,7 +22,7 @@ import pytest
 from toy_frames import toy_dataset, toy_preprocess
 
 from jobs.cli import main
-from pipeline import artifact, bundle, collect
+from pipeline import artifact, bundle, crew
 from pipeline.artifact import LatentStats, save_encoder
 from pipeline.atari import preprocess_for
 from pipeline.errors import TrackingPending
@@ -256,10 +256,11 @@ def test_full_disk(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatc
         def fail(*arguments: object) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(collect, "_run_shards", fail)
+        monkeypatch.setattr(crew.Crew, "play", fail)
     try:
         complaint = refused(capfd, "collect", "--game", "seaquest", "--frames", 4000, "--out", disk / "data")
-        assert "is full" in complaint
+        assert "is full (" in complaint
+        assert "MiB free" in complaint
         assert not (disk / "data").exists()
     finally:
         if mounted.returncode == 0:

@@ -13,9 +13,9 @@ import pytest
 import ray
 
 from pipeline.atari import make_vector, preprocess_for
-from pipeline.collect import LANE_ROWS, collect, plan_shards, play_lanes
+from pipeline.collect import LANE_ROWS, collect, plan_shards
 from pipeline.errors import UserError
-from pipeline.lanes import Lane, LaneWriter
+from pipeline.lanes import Lane, LaneWriter, play_lanes
 from pipeline.policies import random_policy
 from pipeline.schema import MANIFEST_FILE
 from pipeline.storage import locate

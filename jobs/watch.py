@@ -1,0 +1,76 @@
+"""Whoever waits reads why: a stage that makes no progress says so, with what Ray has, at least once a minute."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import ray
+
+SAY_EVERY_S = 40.0  # without progress
+_ANSWER_WITHIN_S = 5.0
+
+_last_progress = 0.0
+
+
+def sign_of_life() -> None:
+    """Whatever moves on says so here."""
+    global _last_progress
+    _last_progress = time.monotonic()
+
+
+@contextlib.contextmanager
+def watched(what: str, needs: dict[str, float]) -> Iterator[None]:
+    """Says on stderr, from a thread, when there has been no sign of life for long; Ray must be running.
+
+    Args:
+        what: Who waits ("2 collecting workers").
+        needs: The resources that it takes at once.
+    """
+    has_ended = threading.Event()
+
+    def look() -> None:
+        said_at = 0.0
+        while not has_ended.wait(1.0):
+            now = time.monotonic()
+            if now - max(said_at, _last_progress) >= SAY_EVERY_S:
+                said_at = now
+                print(f"no progress for {now - _last_progress:.0f} s; {_situation(what, needs)}", file=sys.stderr)
+
+    sign_of_life()
+    thread = threading.Thread(target=look, name="watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        has_ended.set()
+        thread.join(2.0)
+
+
+def _situation(what: str, needs: dict[str, float]) -> str:
+    """What Ray has of what is needed; Ray itself may be what does not answer."""
+    lines: list[str] = []
+
+    def ask() -> None:
+        with contextlib.suppress(Exception):
+            lines.append(_resources(what, needs))
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_ANSWER_WITHIN_S)
+    return lines[0] if lines else "Ray does not answer"
+
+
+def _resources(what: str, needs: dict[str, float]) -> str:
+    nodes, all_of, free = ray.nodes(), ray.cluster_resources(), ray.available_resources()
+    num_dead = sum(not node["Alive"] for node in nodes)
+    amounts = ", ".join(
+        f"{free.get(name, 0):g} of {all_of.get(name, 0):g} {name}s free where {what} need {amount:g}"
+        for name, amount in needs.items()
+    )
+    missing = [name for name, amount in needs.items() if all_of.get(name, 0) < amount]
+    waits = f"; waiting for a node with {' and '.join(missing)}s" if missing else ""
+    return f"Ray has {len(nodes) - num_dead} nodes ({num_dead} lost), {amounts}{waits}"
