@@ -111,6 +111,9 @@ def run(
     tracking = Tracking(workspace.tracking_uri)
     tracking.check()
     logging.getLogger("ray.rllib").setLevel(logging.ERROR)
+    logging.getLogger("ray.rllib.utils.actor_manager").setLevel(
+        logging.CRITICAL
+    )  # rllib_ext/workers.py says it in a line
     needs = {"CPU": float(num_env_runners + num_learners)}
     with ray_session(workspace, needs=needs, what=plan.describe_workers()):
         config.validate()  # the cluster too, before the run's folder is made

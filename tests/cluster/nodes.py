@@ -23,6 +23,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
+import psutil
 from programs import Program, answers, free_ports
 
 BIN = Path(sys.executable).parent
@@ -96,6 +97,12 @@ class Node(Program):
             "OMP_NUM_THREADS": "1",
             **self._variables,
         }
+
+    def entered(self) -> list[str]:
+        """What to put before a command so that it runs on this node."""
+        assert self.process is not None
+        (first,) = psutil.Process(self.process.pid).children()
+        return ["nsenter", f"--target={first.pid}", "--mount", "--pid"]
 
     def is_ready(self) -> bool:
         """Whether Ray says so on its output."""
