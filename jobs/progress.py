@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from jobs.watch import sign_of_life
 
@@ -32,16 +33,19 @@ class Progress:
 
 @contextlib.contextmanager
 def progress(total: float, label: str, unit: str) -> Iterator[Progress]:
-    """A bar from 0 to `total`, on stderr."""
+    """A bar from 0 to `total`, on stderr; what is logged meanwhile gets lines of its own above it."""
     is_terminal = sys.stderr.isatty()
-    with tqdm(
-        total=total,
-        desc=label,
-        unit=f" {unit}",
-        mininterval=0.2 if is_terminal else _SECONDS_BETWEEN_LINES,
-        dynamic_ncols=is_terminal,
-        ncols=None if is_terminal else 100,
-        unit_scale=False,
-        file=sys.stderr,
-    ) as bar:
+    with (
+        tqdm(
+            total=total,
+            desc=label,
+            unit=f" {unit}",
+            mininterval=0.2 if is_terminal else _SECONDS_BETWEEN_LINES,
+            dynamic_ncols=is_terminal,
+            ncols=None if is_terminal else 100,
+            unit_scale=False,
+            file=sys.stderr,
+        ) as bar,
+        logging_redirect_tqdm(),
+    ):
         yield Progress(bar)

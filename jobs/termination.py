@@ -28,7 +28,7 @@ class Request:
     def make(self) -> None:
         """Notes it and sees to it that the process ends also if the stage does not come to keep its state."""
         self.is_made = True
-        _say(f"SIGTERM: the state is kept within {REACH_S:.0f} s, then this ends; a second one ends it at once\n")
+        _say(f"\nSIGTERM: the state is kept within {REACH_S:.0f} s, then this ends; a second one ends it at once\n")
         signal.signal(signal.SIGALRM, _give_up)
         signal.setitimer(signal.ITIMER_REAL, REACH_S)
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 
 import ray
+from tqdm import tqdm
 
 SAY_EVERY_S = 40.0  # without progress
 _ANSWER_WITHIN_S = 5.0
@@ -38,7 +39,7 @@ def watched(what: str, needs: dict[str, float]) -> Iterator[None]:
             now = time.monotonic()
             if now - max(said_at, _last_progress) >= SAY_EVERY_S:
                 said_at = now
-                print(f"no progress for {now - _last_progress:.0f} s; {_situation(what, needs)}", file=sys.stderr)
+                tqdm.write(f"no progress for {now - _last_progress:.0f} s; {_situation(what, needs)}", file=sys.stderr)
 
     sign_of_life()
     thread = threading.Thread(target=look, name="watch", daemon=True)

@@ -78,33 +78,38 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: optim.Optimizer) 
         index, _, key = name.partition("/")
         record["state"].setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict(record)
-    return read_progress(folder)
-
-
-def read_progress(folder: Path) -> Progress:
-    """How far the training of a checkpoint had come."""
     return Progress(**json.loads((folder / PROGRESS_FILE).read_text()))
 
 
-def keep_newest_sound(filesystem: pafs.FileSystem, training: str) -> str | None:
-    """The last checkpoint of a training whose bytes are all there; the others are removed.
+def newest_sound(filesystem: pafs.FileSystem, training: str) -> ray.train.Checkpoint | None:
+    """The last checkpoint of a training whose bytes are all there.
 
-    A damaged or half-written one is named in a warning, and the one before it is taken.
+    A damaged or half-written one is named in a warning, and the one before it is taken. Ray Train's own record is not
+    asked: it lags behind what is stored by seconds, is not written atomically, and knows nothing of bytes.
 
     Args:
         filesystem: Where the training is.
         training: Its folder, with the checkpoints in it.
-
-    Returns:
-        The checkpoint's path; None where there is none.
     """
-    entries = filesystem.get_file_info(pafs.FileSelector(training, allow_not_found=True))
-    paths = sorted((entry.path for entry in entries if entry.base_name.startswith(_PREFIX)), reverse=True)
-    newest = next((path for path in paths if _is_sound(filesystem, path)), None)
-    for path in paths:
-        if path != newest:
+    found = (path for path in _newest_first(filesystem, training) if _is_sound(filesystem, path))
+    return next((ray.train.Checkpoint(path, filesystem) for path in found), None)
+
+
+def step_of(checkpoint: ray.train.Checkpoint) -> int:
+    """The updates after which a checkpoint was written."""
+    return int(str(checkpoint.path).rpartition(_PREFIX)[2])
+
+
+def keep_only(filesystem: pafs.FileSystem, training: str, kept: ray.train.Checkpoint | None) -> None:
+    """Removes all checkpoints of a training but one."""
+    for path in _newest_first(filesystem, training):
+        if kept is None or path != kept.path:
             filesystem.delete_dir(path)
-    return newest
+
+
+def _newest_first(filesystem: pafs.FileSystem, training: str) -> list[str]:
+    entries = filesystem.get_file_info(pafs.FileSelector(training, allow_not_found=True))
+    return sorted((entry.path for entry in entries if entry.base_name.startswith(_PREFIX)), reverse=True)
 
 
 def _is_sound(filesystem: pafs.FileSystem, path: str) -> bool:

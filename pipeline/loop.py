@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pipeline import models
 from pipeline.artifact import LatentStats
-from pipeline.checkpoint import Progress, folder_name, load_checkpoint, save_checkpoint
+from pipeline.checkpoint import Progress, folder_name, load_checkpoint, newest_sound, save_checkpoint
 from pipeline.disk import full_disk_told
 from pipeline.errors import UserError
 from pipeline.models.distributions import bits_per_dim
@@ -49,7 +49,6 @@ class Job:
         dataset: Opened in the driver; its address is absolute.
         mailbox: Actor handle of a Mailbox.
         filesystem, storage: Where checkpoints are kept.
-        start: Path of the checkpoint to go on from; None starts anew.
     """
 
     model: ModelConfig
@@ -58,7 +57,6 @@ class Job:
     mailbox: Any
     filesystem: pafs.FileSystem
     storage: str
-    start: str | None = None
 
 
 @dataclass(frozen=True)
@@ -163,9 +161,7 @@ class _Worker:
         return model
 
     def _restore(self) -> None:
-        checkpoint = ray.train.get_checkpoint()  # of this sitting, where a worker was lost in it
-        if checkpoint is None and self._job.start is not None:
-            checkpoint = ray.train.Checkpoint(self._job.start, self._job.filesystem)
+        checkpoint = newest_sound(self._job.filesystem, self._job.storage)
         if checkpoint is None:
             return
         with checkpoint.as_directory() as folder:

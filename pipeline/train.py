@@ -25,9 +25,9 @@ from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAM
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from safetensors.torch import load_file
 
-from pipeline import bundle, models
+from pipeline import models
 from pipeline.artifact import save_encoder
-from pipeline.checkpoint import MODEL_FILE, keep_newest_sound
+from pipeline.checkpoint import MODEL_FILE, keep_only, newest_sound, step_of
 from pipeline.disk import full, is_full
 from pipeline.errors import Terminated, UserError
 from pipeline.loop import Job, Outcome, train_loop
@@ -133,15 +133,18 @@ def pretrain(
     filesystem, root = locate(storage_path)
     folder = f"{root}/{run_name}"
     _claim(filesystem, folder, _record(model, config, dataset), run_name, resume=resume)
-    start = _start(filesystem, folder) if resume else None
+    if resume:
+        _tidy(filesystem, folder)
     with _mail(on_metrics, is_asked_to_stop) as mailbox:
-        job = Job(model, config, dataset, mailbox, filesystem, folder, start)
+        job = Job(model, config, dataset, mailbox, filesystem, folder)
         result = _fit(job, root, run_name)
+    checkpoint = newest_sound(filesystem, folder)
+    assert checkpoint is not None
     if result.return_value is None:
-        raise Terminated(f"terminated; training is kept at {result.metrics['step']:,} updates: go on with --resume")
+        raise Terminated(f"terminated; training is kept at {step_of(checkpoint):,} updates: go on with --resume")
     if resume and bundle_path.exists():
         shutil.rmtree(bundle_path)
-    return _finish(job, order, result, bundle_path)
+    return _finish(job, order, checkpoint, result.return_value, bundle_path)
 
 
 def _order(config: PretrainConfig, dataset: FramesDataset) -> ReadingOrder:
@@ -190,19 +193,15 @@ def _require_same(stored: dict[str, Any], record: dict[str, Any], folder: str) -
         )
 
 
-def _start(filesystem: pafs.FileSystem, folder: str) -> str | None:
-    """The checkpoint to go on from.
-
-    Ray Train's own record of checkpoints is dropped: it is not written atomically, so that a full disk or a kill
-    leaves half of it, and it knows nothing of the checkpoints' bytes.
-    """
+def _tidy(filesystem: pafs.FileSystem, folder: str) -> None:
+    """Leaves the checkpoint to go on from, and nothing by which Ray Train would choose another one."""
     record = f"{folder}/{CHECKPOINT_MANAGER_SNAPSHOT_FILENAME}"
     if filesystem.get_file_info(record).type == pafs.FileType.File:
         filesystem.delete_file(record)
-    start = keep_newest_sound(filesystem, folder)
-    if start is None:
+    checkpoint = newest_sound(filesystem, folder)
+    keep_only(filesystem, folder, checkpoint)
+    if checkpoint is None:
         log.warning("there is no whole checkpoint at %s: training starts from its beginning", folder)
-    return start
 
 
 @contextlib.contextmanager
@@ -319,10 +318,11 @@ def _beside_main_thread(call: Callable[[], ray.train.Result]) -> ray.train.Resul
     return done.result()
 
 
-def _finish(job: Job, order: ReadingOrder, result: ray.train.Result, bundle_path: Path) -> PretrainResult:
+def _finish(
+    job: Job, order: ReadingOrder, checkpoint: ray.train.Checkpoint, outcome: Outcome, bundle_path: Path
+) -> PretrainResult:
     """Writes the bundle from the last checkpoint and the workers' outcome."""
-    outcome: Outcome = result.return_value
-    model = _trained(job, result)
+    model = _trained(job.model, checkpoint)
     card = _card(job, order, outcome)
     sha256 = save_encoder(bundle_path, model, outcome.stats, job.dataset.preprocess, card)
     progress = outcome.progress
@@ -342,13 +342,9 @@ def _finish(job: Job, order: ReadingOrder, result: ray.train.Result, bundle_path
     )
 
 
-def _trained(job: Job, result: ray.train.Result) -> LatentModel:
-    model = models.build(job.model)
-    checkpoint = result.checkpoint or ray.train.Checkpoint(
-        job.start, job.filesystem
-    )  # none where nothing was left to do
+def _trained(config: ModelConfig, checkpoint: ray.train.Checkpoint) -> LatentModel:
+    model = models.build(config)
     with checkpoint.as_directory() as folder:
-        bundle.verify(Path(folder))
         model.load_state_dict(load_file(Path(folder) / MODEL_FILE))
     return model.eval()
 

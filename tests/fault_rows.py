@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 PROPERTY = "fault"
+_PATH = re.compile(r"(?:/[\w.@-]+)+((?:/[\w.@-]+){2})")  # a path's end says enough, and no machine's places
 Record = Callable[[str, object], None]
 
 
@@ -19,6 +21,6 @@ def measured(record_property: Record, row: str, *, lost: str, read: str, **secon
         read: The line that the user reads.
         seconds: From the fault until something, by what ("until_noticed").
     """
-    figures: dict[str, Any] = {"row": row, "lost": lost, "read": read}
+    figures: dict[str, Any] = {"row": row, "lost": lost, "read": _PATH.sub(r"...\1", read)}
     figures["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
     record_property(PROPERTY, figures)

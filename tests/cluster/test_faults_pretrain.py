@@ -103,7 +103,7 @@ def disturb(run: Pretraining, record_property: Record, expected: str) -> None:
     measured(
         record_property,
         "Train worker killed",
-        lost=f"{run.recorded - went_on_from(stage, 0):,} updates made again (a checkpoint every 400); no bit of the encoder",
+        lost=f"{run.recorded - went_on_from(stage, 0):,} updates made again (400 between checkpoints), no more",
         read=str(stage.line("training worker .* failed")),
         until_noticed=noticed,
         until_it_goes_on=on,
