@@ -27,7 +27,7 @@ _SHARED_MEMORY = Path("/dev/shm")
 
 
 @contextlib.contextmanager
-def ray_session(workspace: Workspace, *, needs: dict[str, float], what: str) -> Iterator[None]:
+def ray_session(workspace: Workspace, *, needs: dict[str, float], what: str, object_bytes: int = 0) -> Iterator[None]:
     """Starts or joins Ray, checks that it has room, and leaves nothing of it behind.
 
     Inside an enclosing session (the demo's) the running Ray is used.
@@ -36,12 +36,14 @@ def ray_session(workspace: Workspace, *, needs: dict[str, float], what: str) -> 
         workspace: Says whether to start or to join.
         needs: Resources that the stage takes at once, for example {"CPU": 3}.
         what: The same in words, for the message ("2 collecting workers").
+        object_bytes: What the stage would have in the object store of a node; with less it is slower, and says so.
 
     Raises:
         UserError: The cluster does not answer, or has too few resources.
     """
     if ray.is_initialized():
         _require(needs, what)
+        _note_small_object_stores(object_bytes)
         with watched(what, needs):
             yield
         return
@@ -55,6 +57,7 @@ def ray_session(workspace: Workspace, *, needs: dict[str, float], what: str) -> 
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own in its place
         _require(needs, what)
+        _note_small_object_stores(object_bytes)
         with watched(what, needs):
             yield
     finally:
@@ -91,6 +94,16 @@ def _require_object_store(memory: int) -> None:
         print(
             f"note: {_SHARED_MEMORY} has {free >> 20} MiB free, Ray's object store takes {memory >> 20}: it goes to "
             f"the disk and is slower (docker: --shm-size=2g)",
+            file=sys.stderr,
+        )
+
+
+def _note_small_object_stores(wanted: int) -> None:
+    sizes = [node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"]]
+    if sizes and min(sizes) < wanted:
+        print(
+            f"note: the smallest object store of Ray's nodes has {int(min(sizes)) >> 20} MiB, the data takes up to "
+            f"{wanted >> 20}: what does not fit goes through the disk and is slower (ray start --object-store-memory)",
             file=sys.stderr,
         )
 

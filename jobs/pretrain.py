@@ -24,7 +24,7 @@ from pipeline.order import ReadingOrder
 from pipeline.pictures import encoder_pictures
 from pipeline.registry import Registered, Run, Tracking, check_model_name, register_encoder
 from pipeline.store import FramesDataset
-from pipeline.stream import sample_frames
+from pipeline.stream import STREAM_BYTES, sample_frames
 from pipeline.train import PretrainResult, cpus_needed, num_steps, pretrain
 
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -73,7 +73,7 @@ def run(
     workers = recipe.train.num_workers
     what = f"{workers} training worker{'s' if workers > 1 else ''} and the data stream"
     with (
-        ray_session(workspace, needs={"CPU": cpus_needed(recipe.train)}, what=what),
+        ray_session(workspace, needs={"CPU": cpus_needed(recipe.train)}, what=what, object_bytes=STREAM_BYTES),
         _open_run(workspace, tracking, recipe, register, folder, parent_run_id) as opened,
     ):
         opened.log_dataset(dataset.uri, dataset.preprocess.game, dataset.digest, "pretrain")

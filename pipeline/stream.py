@@ -27,6 +27,7 @@ from pipeline.store import FramesDataset
 
 CHUNK_BYTES = 32 << 20
 READ_AHEAD_CHUNKS = 3
+STREAM_BYTES = 2 * READ_AHEAD_CHUNKS * CHUNK_BYTES  # of the object store, at most
 PREFETCH_BATCHES = 4
 SCHEDULER_REST_S = 0.1
 SAMPLED_PIECES = 64
@@ -118,9 +119,7 @@ def _stream(dataset: FramesDataset, chunks: list[Chunk], batch_size: int) -> Ite
     frames = ray.data.read_datasource(source, override_num_blocks=len(chunks))
     options = frames.context.execution_options
     options.preserve_order = True
-    options.resource_limits = options.resource_limits.copy(
-        cpu=1, object_store_memory=2 * READ_AHEAD_CHUNKS * CHUNK_BYTES
-    )
+    options.resource_limits = options.resource_limits.copy(cpu=1, object_store_memory=STREAM_BYTES)
     frames.context.enable_progress_bars = False
     frames.context.custom_execution_callback_classes = [_Paced]
     try:

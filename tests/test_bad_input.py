@@ -19,6 +19,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fault_rows import Record, measured
 from toy_frames import toy_dataset, toy_preprocess
 
 from jobs.cli import main
@@ -246,7 +247,9 @@ def test_output_that_cannot_be_written_or_exists(capfd: pytest.CaptureFixture[st
     assert "is a file" in refused(capfd, *COLLECT[:-1], "new", "--home", tmp_path / "file")
 
 
-def test_full_disk(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
+) -> None:
     """On a real full disk where this user may mount one, else on a writer that reports one."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -262,6 +265,7 @@ def test_full_disk(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatc
         assert "is full (" in complaint
         assert "MiB free" in complaint
         assert not (disk / "data").exists()
+        measured(record_property, "disk full in collect", lost="all of it", read=complaint)
     finally:
         if mounted.returncode == 0:
             subprocess.run(["umount", str(disk)], check=True)

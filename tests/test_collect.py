@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import ray
+from fault_rows import Record, measured
 
 from pipeline.atari import make_vector, preprocess_for
 from pipeline.collect import LANE_ROWS, collect, plan_shards
@@ -139,7 +140,9 @@ def damage(dataset: FramesDataset, to: Path) -> FramesDataset:
 
 
 @pytest.mark.parametrize("fault", ["truncated", "flipped", "deleted", "replaced"])
-def test_check_names_every_bad_file(dataset: FramesDataset, tmp_path: Path, fault: str) -> None:
+def test_check_names_every_bad_file(
+    dataset: FramesDataset, tmp_path: Path, fault: str, record_property: Record
+) -> None:
     copy = damage(dataset, tmp_path / "copy")
     path = Path(copy.path(copy.files[1]))
     content = bytearray(path.read_bytes())
@@ -155,8 +158,11 @@ def test_check_names_every_bad_file(dataset: FramesDataset, tmp_path: Path, faul
     problems = copy.verify()
     assert problems
     assert all(copy.files[1].name in problem for problem in problems)
-    with pytest.raises(UserError, match=copy.files[1].name):
+    with pytest.raises(UserError, match=copy.files[1].name) as caught:
         copy.require_sound_files()
+    measured(
+        record_property, f"Parquet file {fault}", lost="the file; the others are sound", read=f"error: {caught.value}"
+    )
 
 
 def test_check_finds_what_a_faulty_writer_leaves(dataset: FramesDataset, tmp_path: Path) -> None:

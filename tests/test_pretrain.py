@@ -17,6 +17,7 @@ import psutil
 import pytest
 import ray
 import torch
+from fault_rows import measured
 from toy_frames import toy_dataset
 
 from pipeline.artifact import load_encoder, load_model
@@ -188,8 +189,17 @@ def spoil(checkpoint: Path, how: str) -> None:
         (checkpoint / "SHA256SUMS").unlink()
 
 
-@pytest.mark.parametrize("how", ["a bit", "half", "unsealed"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(trained, dataset, tmp_path, how, caplog):
+DAMAGE = {
+    "a bit": "bit flipped in a checkpoint of pretrain",
+    "half": "checkpoint of pretrain cut in half",
+    "unsealed": "killed while a checkpoint of pretrain is stored",
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
+    trained, dataset, tmp_path, how, caplog, record_property
+):
     config = replace(CONFIG, epochs=4)
     shutil.copytree(trained[1], tmp_path / "run")
     checkpoints = tmp_path / "run" / "checkpoints"
@@ -201,8 +211,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(trained, data
     assert min(heard) == 65
     assert resumed.sha256 == trained[0].sha256
     lines = [record.getMessage() for record in caplog.records]
-    assert any("a checkpoint is not used" in line and "step-000000080" in line for line in lines)
+    (line,) = {line for line in lines if line.startswith("a checkpoint is not used")}
+    assert "step-000000080" in line
     assert "training goes on from its checkpoint after 60 updates" in lines
+    measured(record_property, DAMAGE[how], lost="20 updates, made again; no bit of the encoder", read=line)
 
 
 def test_an_interrupt_ends_it_and_leaves_no_process(dataset, tmp_path):
@@ -223,12 +235,14 @@ def test_two_workers_do_the_same_number_of_steps_and_reach_the_same_loss(trained
     assert both.elbo_nats == pytest.approx(alone.elbo_nats, rel=0.01)
 
 
-def test_a_damaged_file_ends_training_in_one_clear_error(tmp_path):
+def test_a_damaged_file_ends_training_in_one_clear_error(tmp_path, record_property):
     dataset = toy_dataset(tmp_path / "d", [60] * 6, num_files=2)
     victim = Path(dataset.root) / dataset.files[1].name
     victim.write_bytes(victim.read_bytes()[:-200])
-    with pytest.raises(UserError, match=r"data/part-1\.parquet .* damaged"):
+    with pytest.raises(UserError, match=r"data/part-1\.parquet .* damaged") as caught:
         train(dataset, tmp_path / "run")
+    what = "Parquet file damaged in the midst of a training"
+    measured(record_property, what, lost="what came after the last checkpoint", read=f"error: {caught.value}")
 
 
 def test_one_episode_alone_trains_without_held_out_frames_until_its_time_is_up(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fault_rows import measured
 
 from pipeline.errors import UserError
 from rllib_ext.checkpoint import find_checkpoint, verify_checkpoint, write_checkpoint
@@ -88,7 +89,7 @@ def write_and_be_killed(path: Path, text: str, moment: int) -> None:
 
 @pytest.mark.parametrize("first", range(4))
 @pytest.mark.parametrize("second", range(4))
-def test_a_run_killed_twice_at_any_moment_has_a_checkpoint_and_leaves_nothing(tmp_path, first, second):
+def test_a_run_killed_twice_at_any_moment_has_a_checkpoint_and_leaves_nothing(tmp_path, first, second, record_property):
     path = tmp_path / "checkpoint"
     write_checkpoint(path, "run", fill("0"))
     newest = 0
@@ -102,6 +103,8 @@ def test_a_run_killed_twice_at_any_moment_has_a_checkpoint_and_leaves_nothing(tm
     write_checkpoint(path, "run", fill("3"))
     assert (path / "content").read_text() == "3"
     assert list(tmp_path.iterdir()) == [path]
+    what = "killed at any moment of a checkpoint of train"
+    measured(record_property, what, lost="what came after the newest whole checkpoint", read="nothing: it is silent")
 
 
 def test_the_first_checkpoint_of_all_is_kept_until_the_next_is_whole(tmp_path):
