@@ -68,6 +68,11 @@ ROWS = (
     ),
     _row("SIGTERM in train", TRAIN, "everything, in a checkpoint; exit code 143", until_exit_143=30),
     _row(
+        "`ray job stop` of train", "cluster/test_faults_job.py::test_a_stopped_job_keeps_its_state",
+        "everything, in a checkpoint, where the job gives it time (`RAY_JOB_STOP_WAIT_TIME_S=30`; Ray's default is 3)",
+        until_stopped=30,
+    ),
+    _row(
         "driver killed in train", TRAIN,
         "the last checkpoint, replay included; the cluster is free again by itself",
         until_the_cluster_is_free_again=60,
@@ -234,9 +239,9 @@ def page(result: dict[str, Any]) -> str:
         "# Faults",
         "",
         "What becomes of a run when something breaks. Each row is injected by a test on real components (below "
-        "`tests/`), and its figures are that test's: `python benchmarks/faults.py --write docs/results`. Three promises "
-        "hold in all rows: nothing acknowledged is lost, nothing half-written is used, and nobody waits for more than "
-        "60 seconds without a message.",
+        "`tests/`), and its figures are that test's: `python benchmarks/faults.py --write docs/results`. Three "
+        "promises hold in all rows: nothing acknowledged is lost, nothing half-written is used, and nobody waits for "
+        "more than 60 seconds without a message.",
         "",
         f"Measured on {where['cores']} cores ({where['processor']}), {where['memory_gib']} GiB, beside other work; "
         "nodes are processes of one machine, each with a disk, an address and processes of its own.",

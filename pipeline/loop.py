@@ -132,6 +132,7 @@ class _Worker:
             else:
                 self._keep({})
             if self._is_stopping:
+                self._board.flush(wait=True)
                 return None
         batches.close()
         return self._sum_up()

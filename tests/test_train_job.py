@@ -17,6 +17,8 @@ from jobs.workspace import Workspace
 from pipeline.atari import preprocess_for
 from pipeline.errors import UserError
 from pipeline.models.vae import VAESettings
+from rllib_ext import workers
+from rllib_ext.algorithm import LatentDQN
 from rllib_ext.policy import load_policy
 from rllib_ext.settings import DQNSettings, QConfig
 
@@ -75,6 +77,27 @@ def test_train_then_resume(workspace, tmp_path):
     assert steps[-1] == again["agent_steps"]
     with pytest.raises(UserError, match=r"started with other settings \(seed: 0 then, 5 now\)"):
         run(workspace, encoder, seed=5, resume=True)
+
+
+def test_a_run_whose_workers_are_gone_for_good_is_kept_and_goes_on_later(workspace, tmp_path, monkeypatch):
+    encoder, train_once = make_pong_encoder(tmp_path), LatentDQN.train
+
+    def train_and_lose_the_worker(algorithm):
+        figures = train_once(algorithm)
+        for actor in algorithm.env_runner_group._worker_manager.actors().values():
+            ray.kill(actor)
+        return figures
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workers, "_REVIVAL_LIMIT_S", 1.0)
+        patch.setattr(LatentDQN, "train", train_and_lose_the_worker)
+        with pytest.raises(
+            UserError, match=r"all 1 rollout workers are lost .* kept at ([\d,]+) agent steps"
+        ) as caught:
+            run(workspace, encoder, agent_steps=10**6)
+    assert "go on with --resume" in str(caught.value)
+    again = run(workspace, encoder, agent_steps=300, resume=True)
+    assert again["agent_steps"] >= 300
 
 
 ROOMY = replace(RECIPE, train=RECIPE.train.replace(replay_capacity=100_000, warmup_agent_steps=100_000))

@@ -122,7 +122,7 @@ def disturb(run: Pretraining, record_property: Record, expected: str) -> None:
     measured(
         record_property,
         "node with a Train worker killed",
-        lost=f"{recorded - went_on_from(stage, 1):,} updates made again; no bit of the encoder",
+        lost=f"{recorded - went_on_from(stage, 1):,} updates made again (400 between checkpoints), no more",
         read=str(stage.line("no progress for")),
         until_noticed=noticed,
         until_the_user_reads_why_it_waits=noticed + silence,
@@ -161,7 +161,7 @@ def disturb(run: Pretraining, record_property: Record, expected: str) -> None:
     measured(
         record_property,
         "driver killed in pretrain",
-        lost=f"{recorded - kept:,} updates made again; no bit of the encoder",
+        lost=f"{recorded - kept:,} updates made again (400 between checkpoints), no more",
         read="the shell's own word; `--resume` goes on from the checkpoint",
         until_the_cluster_is_free_again=freed,
     )

@@ -42,14 +42,19 @@ class Training:
         self.checkpoint = self.folder / "checkpoint"
         self.stages: list[Stage] = []
 
-    def start(self, agent_steps: int, *more: str) -> Stage:
+    def arguments(self, agent_steps: int, *more: str) -> list[str]:
+        """Of `latentrl`."""
         settings = {**SETTINGS, "checkpoint_agent_steps": 2_000}
         sets = [part for name, value in settings.items() for part in ("--set", f"train.{name}={value}")]
-        given = ["--game", "pong", "--encoder", self.encoder, "--agent-steps", agent_steps, "--num-env-runners", 2]
-        places = ["--home", self.home, "--ray-address", self.cluster.address]
-        stage = Stage(self.cluster.shared / "said", "train", *given, *sets, *places, *more, node=self.cluster.head)
-        self.stages.append(stage)
-        return stage
+        given = ["train", "--game", "pong", "--encoder", self.encoder, "--agent-steps", agent_steps]
+        given += ["--num-env-runners", len(NAMES), "--home", self.home, "--ray-address", self.cluster.address]
+        return [*map(str, given), *sets, *more]
+
+    def start(self, agent_steps: int, *more: str) -> Stage:
+        """On the head."""
+        arguments = self.arguments(agent_steps, *more)
+        self.stages.append(Stage(self.cluster.shared / "said", *arguments, node=self.cluster.head))
+        return self.stages[-1]
 
     @property
     def recorded_steps(self) -> int:
