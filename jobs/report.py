@@ -36,7 +36,8 @@ def run(workspace: Workspace, run: str) -> dict[str, Any]:
     result = {"path": str(path)}
     outbox = _log_artifact(folder, path, workspace)
     if outbox.close(CLOSE_PATIENCE_S) > 0:
-        raise TrackingPending(pending_message(folder.path, folder.record.uri, outbox), result)
+        message = pending_message(folder.path, folder.record.uri, outbox)
+        raise TrackingPending(f"the page is written, but {message}", result)
     return result
 
 

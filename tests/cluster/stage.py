@@ -76,6 +76,10 @@ class Stage:
         found = [line for line in self.lines if re.search(pattern, line)]
         return found[number].strip() if number < len(found) else None
 
+    def count(self, pattern: str) -> int:
+        """The lines in which a pattern is found."""
+        return sum(bool(re.search(pattern, line)) for line in self.lines)
+
     def wait_for(self, condition: Callable[[], object], within_s: float = PATIENCE_S) -> float:
         """Waits while the command runs; seconds that it took."""
         began = time.monotonic()

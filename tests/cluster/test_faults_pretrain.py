@@ -110,10 +110,10 @@ def disturb(run: Pretraining, record_property: Record, expected: str) -> None:
     )
 
     run.passes_a_checkpoint(stage)
-    node = two if processes(two, WORKER) else one
+    node, waits = two if processes(two, WORKER) else one, stage.count("no progress for")
     node.kill()
     noticed = stage.wait_for_line("training worker .* failed", 1)
-    silence = stage.wait_for_line("no progress for")
+    silence = stage.wait_for_line("no progress for", waits)
     assert silence < 60.0
     recorded, started = run.recorded, time.monotonic()
     node.start()
@@ -123,7 +123,7 @@ def disturb(run: Pretraining, record_property: Record, expected: str) -> None:
         record_property,
         "node with a Train worker killed",
         lost=f"{recorded - went_on_from(stage, 1):,} updates made again (400 between checkpoints), no more",
-        read=str(stage.line("no progress for")),
+        read=str(stage.line("no progress for", waits)),
         until_noticed=noticed,
         until_the_user_reads_why_it_waits=noticed + silence,
         from_a_new_node_until_it_goes_on=time.monotonic() - started,

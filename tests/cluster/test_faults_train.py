@@ -119,9 +119,10 @@ def test_a_training_goes_on_whatever_is_taken_away(training: Training, record_pr
         from_a_new_node_until_it_is_used=time.monotonic() - started,
     )
 
+    waits = stage.count("no progress for")
     one.kill()
     two.kill()
-    silence = stage.wait_for_line("no progress for")
+    silence = stage.wait_for_line("no progress for", waits)
     assert silence < 60.0
     before = training.recorded_steps
     one.start()
@@ -131,7 +132,7 @@ def test_a_training_goes_on_whatever_is_taken_away(training: Training, record_pr
         record_property,
         "all nodes with rollout workers killed",
         lost=f"the fragments under way and the rest of at most {2 * NUM_LANES} open games",
-        read=str(stage.line("no progress for")),
+        read=str(stage.line("no progress for", waits)),
         until_the_user_reads_why=silence,
         from_a_new_node_until_it_goes_on=time.monotonic() - started,
     )
