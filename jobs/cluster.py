@@ -67,15 +67,22 @@ def ray_session(workspace: Workspace, *, needs: dict[str, float], what: str, obj
 def _start_local() -> None:
     memory = min(_OBJECT_STORE_BYTES, psutil.virtual_memory().available // 4)
     _require_object_store(memory)
-    ray.init(
-        address="local",
-        num_cpus=os.cpu_count(),
-        object_store_memory=memory,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        configure_logging=True,
-    )
+    try:
+        ray.init(
+            address="local",
+            num_cpus=os.cpu_count(),
+            object_store_memory=memory,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            configure_logging=True,
+        )
+    except Exception as error:  # Ray raises nothing more special where its processes do not come up
+        ray.shutdown()
+        raise UserError(
+            f"Ray cannot be started on this machine ({_first_line(error)}); see that it is not overloaded and that /tmp "
+            "has room, and try again"
+        ) from None
 
 
 def _require_object_store(memory: int) -> None:
@@ -115,8 +122,13 @@ def _join(address: str) -> None:
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        line = (str(error).splitlines() or ["no reason given"])[0]
-        raise UserError(f"cannot join the Ray cluster at {address} ({line}); check --ray-address") from None
+        raise UserError(
+            f"cannot join the Ray cluster at {address} ({_first_line(error)}); check --ray-address"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _require_answer(address: str) -> None:

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from fault_rows import Record, measured
 from nodes import RayCluster
-from stage import Stage, processes
+from running import Stage, processes
+
+pytestmark = pytest.mark.long
 
 NAMES = ("one", "two")
 WORKER = "ray::_Collector"

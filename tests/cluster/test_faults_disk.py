@@ -6,18 +6,21 @@ import json
 import time
 from pathlib import Path
 
+import pytest
 from fault_rows import Record, measured
 from mlflow import MlflowClient
 from registry_toys import MlflowServer
 from rl_toys import make_encoder
+from running import Stage
 from small_disk import small_disk
-from stage import Stage
 from test_train_command import SETTINGS, TINY
 from toy_frames import toy_dataset
 
 from pipeline import bundle
 from pipeline.atari import preprocess_for
 from pipeline.registry import resolve
+
+pytestmark = pytest.mark.long
 
 MODEL = {"model.z_dim": 4, "model.patch": 2, "model.widths": "[8,8]", "train.batch_size": 16, "train.num_threads": 1}
 

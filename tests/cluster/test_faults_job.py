@@ -6,9 +6,12 @@ import os
 import subprocess
 import time
 
+import pytest
 from fault_rows import Record, measured
 from nodes import BIN, RayCluster
 from test_faults_train import Training, cluster, training  # noqa: F401
+
+pytestmark = pytest.mark.long
 
 STOP_WITHIN_S = 30  # Ray's own default is 3 s, after which it sends SIGKILL
 

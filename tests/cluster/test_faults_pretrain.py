@@ -11,8 +11,10 @@ from collections.abc import Iterator
 import pytest
 from fault_rows import Record, measured
 from nodes import RayCluster
-from stage import Stage, processes
+from running import Stage, processes
 from toy_frames import toy_dataset
+
+pytestmark = pytest.mark.long
 
 NAMES = ("one", "two")
 WORKER = "TrainWorker"

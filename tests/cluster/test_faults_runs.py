@@ -15,12 +15,14 @@ from fault_rows import Record, measured
 from mlflow import MlflowClient
 from nodes import RayCluster
 from rl_toys import make_encoder
-from stage import Stage
+from running import Stage
 from test_faults_disk import MODEL, sets
 from test_train_command import SETTINGS, TINY
 from toy_frames import toy_dataset
 
 from pipeline.atari import preprocess_for
+
+pytestmark = pytest.mark.long
 
 STORE_BYTES = 80 << 20  # Ray takes no less than 75 MiB
 

@@ -10,11 +10,13 @@ import pytest
 from fault_rows import Record, measured
 from mlflow import MlflowClient
 from registry_toys import MlflowServer
+from running import Stage
 from services import Mlflow, ObjectStore, Postgres
-from stage import Stage
 from test_faults_disk import pretraining
 
 from pipeline.registry import resolve
+
+pytestmark = pytest.mark.long
 
 AWAY_S = 60.0
 

@@ -12,12 +12,14 @@ import pytest
 from fault_rows import Record, measured
 from nodes import RayCluster
 from rl_toys import make_encoder
-from stage import Stage, processes
+from running import Stage, processes
 from test_train_command import N_STEP, NUM_LANES, SETTINGS, TINY, replay_rows
 
 from pipeline.atari import preprocess_for
 from rllib_ext.checkpoint import find_checkpoint
 from rllib_ext.state_files import load_state
+
+pytestmark = pytest.mark.long
 
 NAMES = ("one", "two")
 RUNNER = "ray::LatentEnvRunner"
