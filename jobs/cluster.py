@@ -80,8 +80,8 @@ def _start_local() -> None:
     except Exception as error:  # Ray raises nothing more special where its processes do not come up
         ray.shutdown()
         raise UserError(
-            f"Ray cannot be started on this machine ({_first_line(error)}); see that it is not overloaded and that /tmp "
-            "has room, and try again"
+            f"Ray cannot be started on this machine ({_first_line(error)}); see that it is not overloaded and that "
+            "/tmp has room, and try again"
         ) from None
 
 

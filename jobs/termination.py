@@ -66,7 +66,7 @@ def deferred() -> Iterator[Request]:
 
 def _on_sigterm(signum: int, frame: FrameType | None) -> None:
     if _current is None:
-        raise Terminated("terminated; run the same command again")
+        raise Terminated("terminated; a run that has a checkpoint goes on with --resume")
     if _current.is_made:
         raise Terminated(
             "terminated at once, on the second SIGTERM; what was kept before is there: go on with --resume"

@@ -15,6 +15,7 @@ SAY_EVERY_S = 40.0  # without progress
 _ANSWER_WITHIN_S = 5.0
 
 _last_progress = 0.0
+_is_watched = False
 
 
 def sign_of_life() -> None:
@@ -31,6 +32,10 @@ def watched(what: str, needs: dict[str, float]) -> Iterator[None]:
         what: Who waits ("2 collecting workers").
         needs: The resources that it takes at once.
     """
+    global _is_watched
+    if _is_watched:  # by an enclosing session
+        yield
+        return
     has_ended = threading.Event()
 
     def look() -> None:
@@ -42,11 +47,13 @@ def watched(what: str, needs: dict[str, float]) -> Iterator[None]:
                 tqdm.write(f"no progress for {now - _last_progress:.0f} s; {_situation(what, needs)}", file=sys.stderr)
 
     sign_of_life()
+    _is_watched = True
     thread = threading.Thread(target=look, name="watch", daemon=True)
     thread.start()
     try:
         yield
     finally:
+        _is_watched = False
         has_ended.set()
         thread.join(2.0)
 
