@@ -6,7 +6,15 @@ from collections.abc import Iterator
 
 import pytest
 from nodes import RayCluster
+from running import Stage
 from services import Mlflow, ObjectStore, Postgres
+
+
+@pytest.fixture(autouse=True)
+def no_stage_is_left() -> Iterator[None]:
+    """Ends what a failed test leaves under way."""
+    yield
+    Stage.remove_all()
 
 
 @pytest.fixture(scope="session")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 from nodes import ROOT, Node
@@ -37,7 +38,12 @@ class Stage:
         arguments: Of `latentrl`.
         node: Where it runs; this machine if None.
         variables: Into its environment.
+
+    Attributes:
+        started: All that were started and not removed.
     """
+
+    started: ClassVar[list[Stage]] = []
 
     def __init__(
         self, folder: Path, *arguments: object, node: Node | None = None, variables: Mapping[str, str] | None = None
@@ -54,6 +60,7 @@ class Stage:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=ROOT, env=given, start_new_session=True
             )
+        self.started.append(self)
 
     @property
     def driver(self) -> psutil.Process:
@@ -114,11 +121,14 @@ class Stage:
         self.driver.kill()
         self._process.wait(30)
 
-    def remove(self) -> None:
-        """Ends it whatever it does, for the end of a test."""
-        if self.is_running:
-            os.killpg(self._process.pid, 9)
-            self._process.wait(30)
+    @classmethod
+    def remove_all(cls) -> None:
+        """Ends whatever is still going on, for the end of a test."""
+        while cls.started:
+            stage = cls.started.pop()
+            if stage.is_running:
+                os.killpg(stage._process.pid, signal.SIGKILL)
+                stage._process.wait(30)
 
     def _story(self) -> str:
         return "\n".join(self.lines[-40:])

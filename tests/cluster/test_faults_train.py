@@ -42,7 +42,6 @@ class Training:
         self.encoder = make_encoder(cluster.shared / "encoder", preprocess_for("pong"), TINY, standardise=False)
         self.folder = self.home / "runs" / "train-pong-frozen-001"
         self.checkpoint = self.folder / "checkpoint"
-        self.stages: list[Stage] = []
 
     def arguments(self, agent_steps: int, *more: str) -> list[str]:
         """Of `latentrl`."""
@@ -55,8 +54,7 @@ class Training:
     def start(self, agent_steps: int, *more: str) -> Stage:
         """On the head."""
         arguments = self.arguments(agent_steps, *more)
-        self.stages.append(Stage(self.cluster.shared / "said", *arguments, node=self.cluster.head))
-        return self.stages[-1]
+        return Stage(self.cluster.shared / "said", *arguments, node=self.cluster.head)
 
     @property
     def recorded_steps(self) -> int:
@@ -78,11 +76,8 @@ class Training:
 
 
 @pytest.fixture
-def training(cluster: RayCluster) -> Iterator[Training]:
-    training = Training(cluster)
-    yield training
-    for stage in training.stages:
-        stage.remove()
+def training(cluster: RayCluster) -> Training:
+    return Training(cluster)
 
 
 def test_a_training_goes_on_whatever_is_taken_away(training: Training, record_property: Record) -> None:
