@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -86,8 +87,9 @@ class Crew:
 
     def stop(self) -> None:
         """Ends all workers at once."""
-        for worker in self._workers.values():
-            ray.kill(worker)
+        with contextlib.suppress(Exception):  # where Ray itself has gone, they have too
+            for worker in self._workers.values():
+                ray.kill(worker)
 
     def _start(self, index: int) -> None:
         self._workers[index] = _Collector.remote(*self._arguments)  # type: ignore[attr-defined]
