@@ -1,4 +1,4 @@
-"""Progress bars on stderr; stdout is for results."""
+"""Progress: bars on stderr, since stdout is for results, and figures for those who watch the cluster."""
 
 from __future__ import annotations
 
@@ -9,18 +9,23 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pipeline.gauges import Gauges
+
 _SECONDS_BETWEEN_LINES = 10.0  # where stderr is a file or a pipe
 
 
 class Progress:
     """A bar that a stage moves."""
 
-    def __init__(self, bar: tqdm[Any]) -> None:
-        self._bar = bar
+    def __init__(self, bar: tqdm[Any], total: float, unit: str, gauges: Gauges | None) -> None:
+        self._bar, self._total, self._unit, self._gauges = bar, total, unit, gauges
 
     def advance(self, amount: float) -> None:
         """Moves the bar by an amount in its unit."""
         self._bar.update(amount)
+        if self._gauges is not None:
+            self._gauges.count(self._unit, amount)
+            self._gauges.show({"progress": self._bar.n / self._total})
 
     def note(self, text: str) -> None:
         """Shows a short text behind the bar."""
@@ -28,8 +33,8 @@ class Progress:
 
 
 @contextlib.contextmanager
-def progress(total: float, label: str, unit: str) -> Iterator[Progress]:
-    """A bar from 0 to `total`, on stderr."""
+def progress(total: float, label: str, unit: str, gauges: Gauges | None = None) -> Iterator[Progress]:
+    """A bar from 0 to `total`, on stderr; the share that is done also goes to `gauges`."""
     is_terminal = sys.stderr.isatty()
     with tqdm(
         total=total,
@@ -41,4 +46,4 @@ def progress(total: float, label: str, unit: str) -> Iterator[Progress]:
         unit_scale=False,
         file=sys.stderr,
     ) as bar:
-        yield Progress(bar)
+        yield Progress(bar, total, unit, gauges)

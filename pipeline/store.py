@@ -53,6 +53,11 @@ def locate(address: str) -> tuple[pafs.FileSystem, str]:
         raise UserError(f"cannot use {shown(address)!r} as a place for data ({shown(_first_line(error))})") from None
 
 
+def base_name(address: str) -> str:
+    """What a dataset is called: the last part of its path."""
+    return locate(address)[1].rpartition("/")[2]
+
+
 def shown(address: str) -> str:
     """An address without the secrets it may hold."""
     return mask(address) if "://" in address else address
