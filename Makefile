@@ -3,8 +3,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CLUSTER_STAMP := $(VENV)/.installed-cluster
 
-.PHONY: setup demo test check format bench clean
+.PHONY: setup demo test test-cluster check format bench clean
 
 setup: $(STAMP)
 
@@ -21,6 +22,14 @@ demo: setup
 test: setup check
 	@sh tests/need_chromium.sh
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
+
+test-cluster: $(CLUSTER_STAMP)
+	@sh tests/cluster/need_services.sh
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=0 tests/cluster
+
+$(CLUSTER_STAMP): $(STAMP)
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev,bench,cluster]'
+	@touch $(CLUSTER_STAMP)
 
 check: setup
 	$(BIN)/ruff format --check .
