@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from nodes import RayCluster
 from services import Mlflow, ObjectStore, Postgres
 
 
@@ -30,3 +31,12 @@ def mlflow_server(postgres: Postgres, store: ObjectStore) -> Iterator[Mlflow]:
     server.start()
     yield server
     server.remove()
+
+
+@pytest.fixture(scope="session")
+def cluster(store: ObjectStore, mlflow_server: Mlflow) -> Iterator[RayCluster]:
+    """Head, `one` and `two`, of one CPU each; every node has the keys of the store and of the tracking server."""
+    nodes = RayCluster({"one": 1, "two": 1}, {**store.variables(), **mlflow_server.variables()})
+    nodes.start()
+    yield nodes
+    nodes.remove()
