@@ -6,18 +6,16 @@ import contextlib
 import logging
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 
 import psutil
 import ray
 
+from jobs.joining import require_joinable
 from jobs.workspace import Workspace
 from pipeline.errors import UserError
 
-_CONNECT_LIMIT_S = 15.0
 _OBJECT_STORE_BYTES = 1 << 30
 
 
@@ -70,28 +68,12 @@ def _start_local() -> None:
 def _join(address: str) -> None:
     if address.startswith("ray://"):
         raise UserError(f"--ray-address {address} is a Ray client address; give the cluster's own HOST:PORT or auto")
-    _require_answer(address)
+    require_joinable(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         line = (str(error).splitlines() or ["no reason given"])[0]
         raise UserError(f"cannot join the Ray cluster at {address} ({line}); check --ray-address") from None
-
-
-def _require_answer(address: str) -> None:
-    """Asks the cluster's head in a process of its own, since Ray waits long for an address that is dead."""
-    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check"]
-    command += [] if address == "auto" else ["--address", address]
-    try:
-        answer = subprocess.run(command, capture_output=True, timeout=_CONNECT_LIMIT_S, check=False)
-    except subprocess.TimeoutExpired:
-        raise UserError(
-            f"no Ray cluster answers at {address} within {_CONNECT_LIMIT_S:.0f} s; start one or leave out --ray-address"
-        ) from None
-    if answer.returncode != 0:
-        raise UserError(
-            f"no Ray cluster answers at {address}; start one (`ray start --head`) or leave out --ray-address"
-        )
 
 
 def _require_local(needs: dict[str, float], what: str) -> None:

@@ -23,6 +23,7 @@ STAGES = (
     "report",
     "demo",
     "sync",
+    "doctor",
     "recipes",
 )
 
