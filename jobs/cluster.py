@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -16,13 +15,13 @@ from pathlib import Path
 import psutil
 import ray
 
+from jobs.joining import require_joinable
 from jobs.watch import watched
 from jobs.workspace import JOB_VARIABLE, Workspace
 from pipeline import secrets
 from pipeline.errors import UserError
 
 DRIVER_CPUS_VARIABLE = "LATENTRL_DRIVER_CPUS"  # what Ray keeps for this process, where it is a job's driver
-_CONNECT_LIMIT_S = 15.0
 _OBJECT_STORE_BYTES = 1 << 30
 _SMALLEST_OBJECT_STORE_BYTES = 80 << 20  # Ray refuses less than 75 MiB
 _SHARED_MEMORY = Path("/dev/shm")
@@ -121,7 +120,7 @@ def _join(address: str) -> None:
     if address.startswith("ray://"):
         raise UserError(f"--ray-address {address} is a Ray client address; give the cluster's own HOST:PORT or auto")
     if not (address == "auto" and os.environ.get(JOB_VARIABLE)):  # a job's own cluster has just started it
-        _require_answer(address)
+        require_joinable(address)
     try:
         ray.init(
             address=address,
@@ -137,22 +136,6 @@ def _join(address: str) -> None:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _require_answer(address: str) -> None:
-    """Asks the cluster's head in a process of its own, since Ray waits long for an address that is dead."""
-    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check"]
-    command += [] if address == "auto" else ["--address", address]
-    try:
-        answer = subprocess.run(command, capture_output=True, timeout=_CONNECT_LIMIT_S, check=False)
-    except subprocess.TimeoutExpired:
-        raise UserError(
-            f"no Ray cluster answers at {address} within {_CONNECT_LIMIT_S:.0f} s; start one or leave out --ray-address"
-        ) from None
-    if answer.returncode != 0:
-        raise UserError(
-            f"no Ray cluster answers at {address}; start one (`ray start --head`) or leave out --ray-address"
-        )
 
 
 def _require_local(needs: dict[str, float], what: str) -> None:

@@ -12,10 +12,11 @@ from jobs.workspace import Workspace
 from pipeline.atari import preprocess_for
 from pipeline.collect import Collected, collect, require_room
 from pipeline.errors import UserError
+from pipeline.gauges import Gauges
 from pipeline.policies import RANDOM_POLICIES, BehaviourFactory, random_policy
 from pipeline.protocols import RESOLUTIONS
 from pipeline.schema import Preprocess
-from pipeline.storage import shown
+from pipeline.storage import base_name, shown
 
 
 def run(
@@ -58,9 +59,10 @@ def run(
     if workers < 1:
         raise UserError(f"--num-workers is {workers}; ask for at least 1")
     require_room(out, frames, overwrite=overwrite)
+    gauges = Gauges("collect", base_name(out), preprocess.game)
     with (
         ray_session(workspace, needs={"CPU": workers}, what=f"{workers} collecting workers"),
-        progress(frames, f"collect {preprocess.game}", "frames") as bar,
+        progress(frames, f"collect {preprocess.game}", "frames", gauges) as bar,
     ):
         collected = collect(
             out,

@@ -10,8 +10,9 @@ from jobs.progress import progress
 from jobs.workspace import Workspace
 from pipeline.encode import encode_dataset
 from pipeline.errors import UserError
+from pipeline.gauges import Gauges
 from pipeline.registry import resolve
-from pipeline.storage import shown
+from pipeline.storage import base_name, shown
 from pipeline.store import FramesDataset
 
 
@@ -36,9 +37,10 @@ def run(workspace: Workspace, data: str, encoder: str, out: str, *, overwrite: b
     if resolved.kind != "encoder":
         raise UserError(f"{encoder} is a {resolved.kind}, not an encoder; give the encoder's address")
     dataset.require_sound_files()
+    gauges = Gauges("encode", base_name(out), dataset.preprocess.game)
     with (
         ray_session(workspace, needs={"CPU": 1}, what="an encoding worker"),
-        progress(dataset.num_frames, f"encode {dataset.preprocess.game}", "frames") as bar,
+        progress(dataset.num_frames, f"encode {dataset.preprocess.game}", "frames", gauges) as bar,
     ):
         encoded = encode_dataset(dataset, resolved.path, out, overwrite=overwrite, on_frames=bar.advance)
     return {

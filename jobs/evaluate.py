@@ -23,6 +23,7 @@ from pipeline.bootstrap import bootstrap_interval
 from pipeline.disk import write_text
 from pipeline.errors import UserError
 from pipeline.gameplay import write_gameplay
+from pipeline.gauges import Gauges
 from pipeline.models.distributions import DEQUANTISATION_MEAN
 from pipeline.plate import Pixels
 from pipeline.play import EpisodeResults, Film, Flags, Ints, Player, RandomPlayer, Reconstruct, film, play
@@ -124,10 +125,15 @@ def run(
     tracking = Tracking(workspace.tracking_uri, pipeline=workspace.pipeline)
     tracking.check()
     folder = workspace.new_run_folder("evaluate")
-    with tracking.start_run(folder.name, stage="evaluate", folder=folder, parent_run_id=parent_run_id) as tracked:
+    with (
+        _watched(workspace),
+        tracking.start_run(
+            folder.name, stage="evaluate", folder=folder, game=settings.game, parent_run_id=parent_run_id
+        ) as tracked,
+    ):
         save_resolved(folder, settings, "evaluate")
         _log_start(tracked, settings, agent)
-        result = _evaluate(agent, settings, folder, tracked.run_id)
+        result = _evaluate(agent, settings, folder, tracked)
         _log_end(tracked, result, folder)
     return tracked.delivered(result)
 
@@ -169,13 +175,25 @@ def reconstructor(policy: Policy) -> Reconstruct | None:
     return reconstruct
 
 
-def _evaluate(agent: Agent, settings: Evaluation, folder: Path, run_id: str) -> dict[str, Any]:
+@contextlib.contextmanager
+def _watched(workspace: Workspace) -> Iterator[None]:
+    """Joins the Ray cluster that was named, so that it shows the figures; the games are played in this process."""
+    if workspace.ray_address is None:
+        yield
+        return
+    from jobs.cluster import ray_session  # a second's import that no other evaluation needs
+
+    with ray_session(workspace, needs={}, what="an evaluation"):
+        yield
+
+
+def _evaluate(agent: Agent, settings: Evaluation, folder: Path, tracked: Run) -> dict[str, Any]:
     started = time.perf_counter()
     with _one_torch_thread():
-        games = _play(agent, settings)
+        games = _play(agent, settings, tracked.gauges)
         video = _film(agent, games, folder) if settings.has_video else None
     seconds = round(time.perf_counter() - started, 3)
-    made_by = {"seconds": seconds, "video": video, "run_id": run_id, "run_folder": str(folder)}
+    made_by = {"seconds": seconds, "video": video, "run_id": tracked.run_id, "run_folder": str(folder)}
     result = summarise(games, settings) | made_by
     _write_json(folder / "episodes.json", _episode_rows(games))
     _write_json(folder / "result.json", result)
@@ -183,8 +201,8 @@ def _evaluate(agent: Agent, settings: Evaluation, folder: Path, run_id: str) -> 
     return result
 
 
-def _play(agent: Agent, settings: Evaluation) -> EpisodeResults:
-    with progress(settings.episodes, f"evaluate {agent.name} on {settings.game}", "games") as bar:
+def _play(agent: Agent, settings: Evaluation, gauges: Gauges) -> EpisodeResults:
+    with progress(settings.episodes, f"evaluate {agent.name} on {settings.game}", "games", gauges) as bar:
         return play(agent.player, agent.preprocess, settings.episodes, settings.seed, on_finished=bar.advance)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from jobs.needs import STAGES
 from jobs.options import Options, Result, facts, places, stage, workspace_of
 
 
 def add_operations(commands: Any) -> None:
     """Adds every operation to the command line."""
-    for add in (_lineage, _gc, _sync):
+    for add in (_doctor, _lineage, _gc, _sync):
         add(commands)
 
 
@@ -70,4 +71,38 @@ def _sync(commands: Any) -> None:
     details = "For runs that ended while the tracking server was away (exit code 3)."
     p = stage(commands, "sync", "deliver to MLflow what a run could not", details, run, lambda r: facts(r, *r))
     p.add_argument("run_name", metavar="RUN", help="a run's folder, its name, or its MLflow run id")
+    places(p)
+
+
+def _doctor(commands: Any) -> None:
+    def run(o: Options) -> Result:
+        from jobs import doctor
+        from jobs.needs import Wish, needs_of, stage_of
+
+        names = "recipe config num_workers num_env_runners num_learners mode"
+        wish = Wish(stage_of(o.recipe, o.stage), overrides=o.set, **{name: getattr(o, name) for name in names.split()})
+        return doctor.run(workspace_of(o), storage=o.storage, needs=needs_of(wish), num_gpus=o.num_gpus)
+
+    def present(r: Result) -> str:
+        from jobs.doctor import present
+
+        return present(r)
+
+    details = (
+        "Ray and its token, the versions and clocks of all nodes, home and storage written here and read there and\n"
+        "vice versa, a run and an artifact in MLflow, and with a RECIPE or --for what a stage needs. Each check says\n"
+        "how long it took and may take. Nothing that it writes stays. Without addresses it checks this machine.\n"
+        "Exit code 0 all well (warnings allowed), 1 something is bad, 2 bad input."
+    )
+    p = stage(commands, "doctor", "check that a machine or a cluster is fit for the stages", details, run, present)
+    p.add_argument("recipe", nargs="?", metavar="RECIPE", help="check what a recipe needs too (`latentrl recipes`)")
+    p.add_argument("--for", dest="stage", choices=STAGES, help="the stage whose needs are checked; told from RECIPE")
+    p.add_argument("--storage", help="another folder or address that data is to lie at (s3://...)")
+    p.add_argument("--set", action="append", default=[], metavar="k=v", help="change one setting, as for the stage")
+    p.add_argument("--config", metavar="FILE", help="take settings from a YAML file")
+    p.add_argument("--num-workers", type=int, help="of collect (one a CPU of this machine)")
+    p.add_argument("--num-env-runners", type=int, help="of train (1)")
+    p.add_argument("--num-learners", type=int, help="of train (0)")
+    p.add_argument("--mode", choices=("frozen", "finetune", "pixels"), help="of train (frozen)")
+    p.add_argument("--num-gpus", type=int, default=0, help="GPUs that are counted on (0)")
     places(p)

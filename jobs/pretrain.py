@@ -77,7 +77,7 @@ def run(
     what = f"{workers} training worker{'s' if workers > 1 else ''} and the data stream"
     with (
         ray_session(workspace, needs={"CPU": cpus_needed(recipe.train)}, what=what, object_bytes=STREAM_BYTES),
-        _open_run(workspace, tracking, recipe, register, earlier.folder, parent_run_id) as opened,
+        _open_run(workspace, tracking, recipe, register, dataset, earlier.folder, parent_run_id) as opened,
     ):
         opened.log_dataset(dataset.facts(), "pretrain")
         session = _Session(opened, recipe, dataset, is_resumed=earlier.folder is not None)
@@ -98,6 +98,7 @@ def _open_run(
     tracking: Tracking,
     recipe: PretrainRecipe,
     register: str,
+    dataset: FramesDataset,
     folder: Path | None,
     parent_run_id: str | None,
 ) -> Run:
@@ -105,7 +106,9 @@ def _open_run(
         return tracking.resume_run(folder)
     folder = workspace.new_run_folder(_run_name(register))
     save_resolved(folder, recipe, "pretrain")
-    opened = tracking.start_run(folder.name, stage="pretrain", folder=folder, parent_run_id=parent_run_id)
+    opened = tracking.start_run(
+        folder.name, stage="pretrain", folder=folder, game=dataset.preprocess.game, parent_run_id=parent_run_id
+    )
     opened.log_params(to_dict(recipe))
     return opened
 
@@ -140,7 +143,7 @@ class _Session:
 
     def _train(self, total_steps: int) -> PretrainResult:
         label = f"pretrain {self._dataset.preprocess.game}"
-        with deferred() as request, progress(total_steps, label, "updates") as bar:
+        with deferred() as request, progress(total_steps, label, "updates", self._run.gauges) as bar:
             return pretrain(
                 self._recipe.model,
                 self._recipe.train,

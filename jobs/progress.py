@@ -1,4 +1,4 @@
-"""Progress bars on stderr; stdout is for results."""
+"""Progress: bars on stderr, since stdout is for results, and figures for those who watch the cluster."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from jobs.watch import sign_of_life
+from pipeline.gauges import Gauges
 
 _SECONDS_BETWEEN_LINES = 10.0  # where stderr is a file or a pipe
 
@@ -18,13 +19,16 @@ _SECONDS_BETWEEN_LINES = 10.0  # where stderr is a file or a pipe
 class Progress:
     """A bar that a stage moves."""
 
-    def __init__(self, bar: tqdm[Any]) -> None:
-        self._bar = bar
+    def __init__(self, bar: tqdm[Any], total: float, unit: str, gauges: Gauges | None) -> None:
+        self._bar, self._total, self._unit, self._gauges = bar, total, unit, gauges
 
     def advance(self, amount: float) -> None:
         """Moves the bar by an amount in its unit."""
         sign_of_life()
         self._bar.update(amount)
+        if self._gauges is not None:
+            self._gauges.count(self._unit, amount)
+            self._gauges.show({"progress": self._bar.n / self._total})
 
     def note(self, text: str) -> None:
         """Shows a short text behind the bar."""
@@ -32,8 +36,11 @@ class Progress:
 
 
 @contextlib.contextmanager
-def progress(total: float, label: str, unit: str) -> Iterator[Progress]:
-    """A bar from 0 to `total`, on stderr; what is logged meanwhile gets lines of its own above it."""
+def progress(total: float, label: str, unit: str, gauges: Gauges | None = None) -> Iterator[Progress]:
+    """A bar from 0 to `total`, on stderr; the share that is done also goes to `gauges`.
+
+    What is logged meanwhile gets lines of its own above the bar.
+    """
     is_terminal = sys.stderr.isatty()
     with (
         tqdm(
@@ -48,4 +55,4 @@ def progress(total: float, label: str, unit: str) -> Iterator[Progress]:
         ) as bar,
         logging_redirect_tqdm(),
     ):
-        yield Progress(bar)
+        yield Progress(bar, total, unit, gauges)

@@ -193,7 +193,7 @@ def _open_run(
         return tracking.resume_run(folder)
     folder = workspace.new_run_folder(_run_name(plan))
     save_resolved(folder, plan, "train")
-    opened = tracking.start_run(folder.name, stage="train", folder=folder, parent_run_id=parent_run_id)
+    opened = tracking.start_run(folder.name, stage="train", folder=folder, game=plan.game, parent_run_id=parent_run_id)
     opened.log_params(to_dict(plan))
     return opened
 
@@ -231,7 +231,10 @@ class _Session:
         """Trains to the end; agent steps per second over this sitting."""
         self._started_at, first = time.monotonic(), algorithm.agent_steps
         label = f"train {self._plan.game} ({self._plan.mode})"
-        with deferred() as request, progress(self._plan.agent_steps, label, "agent steps") as bar:
+        with (
+            deferred() as request,
+            progress(self._plan.agent_steps, label, "agent steps", self._run.gauges) as bar,
+        ):
             bar.advance(first)
             while algorithm.agent_steps < self._plan.agent_steps:
                 steps_before = algorithm.agent_steps

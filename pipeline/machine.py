@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import threading
@@ -9,7 +10,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
+
 MEGABYTE = 1_000_000
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 class MachineMeter:
@@ -38,6 +42,15 @@ class MachineMeter:
             return {}
         busy, total = self._cpu[0] - previous[0], self._cpu[1] - previous[1]
         return {"system/cpu_utilization_percentage": 100.0 * busy / total}
+
+
+def free_bytes() -> int:
+    """Memory that can still be taken here: of the machine, or of the control group where that has less left."""
+    free = int(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, ValueError):  # no cgroup version 2, or no limit ("max")
+        limit, used = (int((_CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, limit - used)
+    return free
 
 
 def every(interval_s: float, report: Callable[[dict[str, float]], None]) -> Callable[[], None]:

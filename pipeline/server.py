@@ -13,7 +13,6 @@ import re
 import shlex
 import sqlite3
 import sys
-import threading
 import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.errors import UserError
 from pipeline.outbox import Refused, Unreachable
+from pipeline.patience import within
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient as MlflowClient
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 SIGN_OF_LIFE_WITHIN_S = 5.0
 SERVER_ANSWERS_WITHIN_S = 12.0
+STORE_ANSWERS_WITHIN_S = 30.0  # A server that passes artifacts on waits for its store.
 DATABASE_LOCK_WAIT_S = 15.0
 DATABASE_ANSWERS_WITHIN_S = 120.0  # Making the tables of a new file takes 2 s, on a busy machine many times that.
 
@@ -191,14 +192,14 @@ def check(address: Address, *, may_create: bool) -> MlflowClient:
     return client
 
 
-def ask(address: Address, question: Callable[[], T]) -> T:
-    """Runs one exchange with the server, bounded in time whatever the network does.
+def ask(address: Address, question: Callable[[], T], within_s: float = SERVER_ANSWERS_WITHIN_S) -> T:
+    """Runs one exchange with the server, bounded in time whatever the network does; a sqlite file may take longer.
 
     Raises:
         UserError: No answer in time, or the server could not be reached.
         Refused: The server's answer is no.
     """
-    return _bounded(address, question, DATABASE_ANSWERS_WITHIN_S if address.database else SERVER_ANSWERS_WITHIN_S)
+    return _bounded(address, question, DATABASE_ANSWERS_WITHIN_S if address.database else within_s)
 
 
 @contextlib.contextmanager
@@ -294,7 +295,7 @@ def delete_artifacts(location: str, address: Address) -> None:
         if not path.exists():
             return
     with translated(address):
-        get_artifact_repository(location).delete_artifacts()
+        get_artifact_repository(location, tracking_uri=address.uri).delete_artifacts()
 
 
 def ui_command(tracking_uri: str) -> str:
@@ -309,25 +310,11 @@ def ui_command(tracking_uri: str) -> str:
 
 
 def _bounded(address: Address, question: Callable[[], T], seconds: float) -> T:
-    answers: list[T] = []
-    failures: list[BaseException] = []
-
-    def attempt() -> None:
-        try:
-            answers.append(question())
-        except BaseException as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=attempt, name="tracking-question", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if answers:
-        return answers[0]
     try:
         with translated(address):
-            raise failures[0] if failures else TimeoutError(f"no answer within {seconds:.0f} s")
+            return within(seconds, question, "tracking-question")
     except Unreachable as error:
-        raise UserError(f"{error}; {_advice(address)}") from None
+        raise UserError(f"{error}; {_advice(address, str(error))}") from None
 
 
 def _look_for_life(address: Address) -> None:
@@ -357,9 +344,13 @@ def _name(address: Address) -> str:
     return f"tracking database {address.database}" if address.database else f"tracking server {address.uri}"
 
 
-def _advice(address: Address) -> str:
+def _advice(address: Address, reason: str) -> str:
     if address.database:
         return "see that no other program holds it, or give another --tracking-uri"
+    if "MLFLOW_TRACKING_PASSWORD" in reason:
+        return "set them as they are on that server"
+    if "denied" in reason:
+        return "ask who runs it for the right to write"
     return "start it, or give another --tracking-uri"
 
 

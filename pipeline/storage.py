@@ -60,6 +60,11 @@ def locate(address: str) -> tuple[pafs.FileSystem, str]:
     return filesystem, path.rstrip("/")
 
 
+def base_name(address: str) -> str:
+    """What a dataset is called: the last part of its path."""
+    return locate(address)[1].rpartition("/")[2]
+
+
 def _impatient(filesystem: pafs.S3FileSystem) -> pafs.S3FileSystem:
     """The same, giving up on a store that hangs after a quarter of a minute instead of 100 s: three tries.
 

@@ -20,6 +20,7 @@ from pipeline.commit import code_commit
 from pipeline.delivery import BATCHED, MAX_PARAM_CHARS, SLOW, Delivery
 from pipeline.disk import write_text
 from pipeline.errors import TrackingPending, UserError
+from pipeline.gauges import Gauges
 from pipeline.outbox import Outbox, Refused
 from pipeline.server import Address
 
@@ -54,6 +55,7 @@ class RunRecord:
         uri: The tracking address, without credentials.
         name, stage: As given at the start.
         started_ms: Milliseconds since the epoch.
+        game: ALE's id; "" where there is none.
     """
 
     run_id: str
@@ -62,6 +64,7 @@ class RunRecord:
     name: str
     stage: str
     started_ms: int
+    game: str = ""
 
     def address(self, given: str | None = None) -> Address:
         """The run's address; taken from `given` when that is the same one, for the credentials it may carry."""
@@ -118,13 +121,16 @@ class Tracking:
         """
         server.check(self.address, may_create=True)
 
-    def start_run(self, name: str, *, stage: str, folder: Path, parent_run_id: str | None = None) -> Run:
+    def start_run(
+        self, name: str, *, stage: str, folder: Path, game: str = "", parent_run_id: str | None = None
+    ) -> Run:
         """Creates a run on the server and its journal in `folder`.
 
         Args:
             name: Shown in the UI.
             stage: "pretrain", "train", ...
             folder: The run's folder; made if need be.
+            game: ALE's id, where the run is about one.
             parent_run_id: The run to nest this one under, instead of the pipeline's.
 
         Raises:
@@ -148,7 +154,7 @@ class Tracking:
             info = server.ask(self.address, lambda: client.create_run(experiment, tags=tags, run_name=name)).info
         except Refused as error:
             raise UserError(f"experiment {self.experiment!r} at {self.uri} cannot be used: {error}") from None
-        record = RunRecord(info.run_id, experiment, self.uri, name, stage, info.start_time)
+        record = RunRecord(info.run_id, experiment, self.uri, name, stage, info.start_time, game)
         record.write(folder)
         run = Run(folder, record, self.address)
         run.set_tags({f"version.{package}": version for package, version in _versions().items()})
@@ -212,6 +218,7 @@ class Run:
         self.folder, self.record = folder, record
         self.run_id, self.uri = record.run_id, record.uri
         self.pending = False
+        self.gauges = Gauges(record.stage, record.name, record.game)
         self.outbox = open_outbox(folder, record, address, lock_wait_s=LOCK_PATIENCE_S)
         self.outbox.start()
         self._keys_warned: set[str] = set()
@@ -224,11 +231,15 @@ class Run:
             self.outbox.append("param", {"key": key, "value": str(value)[:MAX_PARAM_CHARS]})
 
     def log_metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Logs figures of one step, with the present time. NaN and infinities are left out, said once a key."""
+        """Logs figures of one step, with the present time; also for those who watch the cluster (pipeline.gauges).
+
+        NaN and infinities are left out, said once a key.
+        """
         finite = {key: float(value) for key, value in values.items() if math.isfinite(value)}
         for key in values.keys() - finite.keys() - self._keys_warned:
             self._keys_warned.add(key)
             log.warning("metric %s is %s at step %d: not sent to MLflow", key, values[key], step)
+        self.gauges.show(finite)
         if finite:
             self.outbox.append("metrics", {"step": int(step), "values": finite})
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import ray
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.connectors.env_to_module import EnvToModulePipeline
@@ -18,6 +16,7 @@ from ray.rllib.env import INPUT_ENV_SINGLE_SPACES
 
 from pipeline import artifact
 from pipeline.errors import UserError
+from pipeline.machine import free_bytes
 from pipeline.schema import Preprocess
 from rllib_ext.connectors import EncodeObservations, StackObservations
 from rllib_ext.learner import LatentDQNLearner, resolve_precision
@@ -50,7 +49,6 @@ _HONOURED = {
 }
 _MOST_LEARNER_THREADS = 4  # two were worth 1.5 on pixels, on two cores; more than four have not been measured
 _MAX_SEED = 2**32 - 1  # of numpy's legacy generator, which RLlib seeds with the sum of seed and worker's index
-_CGROUP = Path("/sys/fs/cgroup")
 # Attributes that latent(), training(), validate() or RLlib itself set.
 _OWN = {
     "max_requests_in_flight_per_env_runner",
@@ -235,7 +233,7 @@ class LatentDQNConfig(AlgorithmConfig):
         )
 
     def _check_this_machine(self) -> None:
-        needed, there = required_bytes(self.replay_spec()), _free_bytes()
+        needed, there = required_bytes(self.replay_spec()), free_bytes()
         if needed > there:
             raise UserError(
                 f"train.replay_capacity is {self.settings.replay_capacity}, which takes {needed / 2**30:.1f} GiB when "
@@ -367,15 +365,6 @@ class LatentDQNConfig(AlgorithmConfig):
 def _cpus() -> float:
     """CPUs of the cluster that is joined, or of this machine."""
     return float(ray.cluster_resources().get("CPU", 0)) if ray.is_initialized() else float(os.cpu_count() or 1)
-
-
-def _free_bytes() -> int:
-    """Memory that can still be taken here: of the machine, or of the control group where that has less left."""
-    free = int(psutil.virtual_memory().available)
-    with contextlib.suppress(OSError, ValueError):  # no cgroup version 2, or no limit ("max")
-        limit, used = (int((_CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        free = min(free, limit - used)
-    return free
 
 
 def _differs(value: Any, default: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from jobs.recipes import PRETRAIN_RECIPES, TRAIN_RECIPES
 from jobs.workspace import Workspace
 from pipeline.artifact import load_encoder
 from pipeline.errors import UserError
+from pipeline.gauges import GAUGES
 from pipeline.records import Records
 from pipeline.registry import resolve
 from pipeline.store import FramesDataset
@@ -43,6 +45,8 @@ def test_the_whole_pipeline(tmp_path: Path) -> None:
     assert sum(result["steps_per_worker"].values()) >= 400
     assert Path(result["report"]).stat().st_size > 10_000
     assert "mlflow" in result["table"]
+    lines = [line for path in tmp_path.glob("demo/runs/*/metrics.jsonl") for line in path.read_text().splitlines()]
+    assert {key for line in lines for key in json.loads(line)} - {"step"} <= GAUGES.keys()
     tracking = f"sqlite:///{tmp_path}/demo/mlflow.db"
     found = resolve(result["model_uri"], tracking, tmp_path / "cache")
     assert load_policy(result["policy"]).encoder.sha256 == found.sha256 == load_encoder(found.path).sha256

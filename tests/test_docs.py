@@ -34,6 +34,7 @@ STAGES = (
     "lineage",
     "gc",
     "sync",
+    "doctor",
     "recipes",
 )
 
