@@ -22,10 +22,11 @@ from pipeline.artifact import load_model
 from pipeline.disk import write_text
 from pipeline.order import ReadingOrder
 from pipeline.pictures import encoder_pictures
+from pipeline.pretrain_config import RECORD_FILE
 from pipeline.registry import Registered, Run, Tracking, check_model_name, register_encoder
 from pipeline.store import FramesDataset
 from pipeline.stream import STREAM_BYTES, sample_frames
-from pipeline.train import RECORD_FILE, PretrainResult, cpus_needed, num_steps, pretrain
+from pipeline.train import PretrainResult, cpus_needed, num_steps, pretrain
 
 PICTURES_FOLDER = "pictures"
 NUM_PICTURED = 512

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 import tempfile
 import time
 from collections.abc import Iterator
@@ -31,7 +32,8 @@ from pipeline.errors import UserError
 from pipeline.models.distributions import bits_per_dim
 from pipeline.models.latent import ELBO, LatentModel, ModelConfig
 from pipeline.order import ReadingOrder
-from pipeline.pretrain_config import PretrainConfig
+from pipeline.pretrain_config import RECORD_FILE, PretrainConfig
+from pipeline.storage import not_shared
 from pipeline.store import FramesDataset
 from pipeline.stream import all_batches, sample_frames, training_batches
 
@@ -100,6 +102,9 @@ class _Worker:
     def __init__(self, job: Job) -> None:
         self._job, self._config = job, job.config
         self._started = time.perf_counter()
+        # Otherwise found out at the first checkpoint, an epoch later.
+        if job.filesystem.get_file_info(f"{job.storage}/{RECORD_FILE}").type != pafs.FileType.File:
+            raise not_shared(job.storage, f"the driver's {RECORD_FILE} is not there on {platform.node()}")
         context = ray.train.get_context()
         self._rank, self._num_workers = context.get_world_rank(), context.get_world_size()
         torch.set_num_threads(self._config.num_threads or _cores() // context.get_local_world_size() or 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+RECORD_FILE = "pretrain.json"  # in a training's folder: what it was started with
 _POSITIVE = ("epochs", "batch_size", "lr", "num_workers", "monitor_frames", "log_every_steps")
 
 

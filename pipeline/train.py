@@ -34,13 +34,12 @@ from pipeline.loop import Job, Outcome, train_loop
 from pipeline.mailbox import Mailbox
 from pipeline.models.latent import LatentModel, ModelConfig, ModelSettings
 from pipeline.order import ReadingOrder
-from pipeline.pretrain_config import PretrainConfig
+from pipeline.pretrain_config import RECORD_FILE, PretrainConfig
 from pipeline.storage import locate, reason, write_atomically
 from pipeline.store import FramesDataset
 
 __all__ = ["PretrainConfig", "PretrainResult", "cpus_needed", "num_steps", "pretrain"]
 
-RECORD_FILE = "pretrain.json"
 KEPT_CHECKPOINTS = 2
 SECONDS_BETWEEN_LOOKS = 0.3
 

@@ -91,7 +91,9 @@ class Program:
         until = time.monotonic() + START_WITHIN_S
         while not self.is_ready():
             if time.monotonic() > until or not self.is_running:
-                raise AssertionError(f"{self.name} did not start: {self.log.read_text(errors='replace')[-3000:]}")
+                code = self.process.poll() if self.process is not None else None
+                said = self.log.read_text(errors="replace")[-3000:]
+                raise AssertionError(f"{self.name} is not ready (exit code {code}): {said}")
             time.sleep(0.1)
 
     def stop(self) -> None:

@@ -70,7 +70,7 @@ class Postgres(Program):
             user=self.user,
             password=self.password,
             dbname=database,
-            connect_timeout=2,
+            connect_timeout=20,
             autocommit=True,
         )
 
@@ -172,7 +172,7 @@ class ObjectStore(Program):
             aws_access_key_id=self.owner[0],
             aws_secret_access_key=self.owner[1],
             region_name=REGION,
-            config=Config(connect_timeout=2, read_timeout=10, retries={"total_max_attempts": 1}),
+            config=Config(connect_timeout=20, read_timeout=10, retries={"total_max_attempts": 1}),
         )
 
     def variables(self, keys: tuple[str, str] | None = None) -> dict[str, str]:

@@ -147,12 +147,16 @@ def test_a_collection_that_is_killed_is_an_unfinished_one(
     out = shelf.uri("killed/frames")
     command = [sys.executable, "-m", "jobs.cli", *map(str, COLLECT), out]
     command[command.index(str(FRAMES))] = "1000000"
-    with subprocess.Popen(
-        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True, stderr=subprocess.DEVNULL
-    ) as stage:
+    said = tmp_path / "said.txt"
+    with (
+        said.open("w") as errors,
+        subprocess.Popen(
+            command, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True, stderr=errors
+        ) as stage,
+    ):
         try:
             while not shelf.keys("killed/frames/data/"):
-                assert stage.poll() is None
+                assert stage.poll() is None, said.read_text()
                 time.sleep(0.2)
             time.sleep(3)
         finally:
@@ -209,7 +213,9 @@ def test_keys_that_may_only_read(
     assert run(capfd, "data", "check", out, "--json")["errors"] == []
 
 
-def test_a_store_that_goes_away(shelf: ObjectStore, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_store_that_goes_away(
+    shelf: ObjectStore, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     """In the middle of a collection, and of reading."""
     out = shelf.uri("away/frames")
     run(capfd, *COLLECT, out)
@@ -237,10 +243,9 @@ def test_a_store_that_goes_away(shelf: ObjectStore, tmp_path: Path, capfd: pytes
         big = [1_000_000 if word == FRAMES else word for word in COLLECT]
         assert main([str(word) for word in (*big, shelf.uri("away/more"))]) == 2
         assert time.monotonic() - killed[0] < 60
-        said = capfd.readouterr().err
-        (complaint,) = (line for line in said.splitlines() if line.startswith("error: "))
+        (complaint,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("error: "))
         assert "connection refused" in complaint
-        assert "is left there, without a manifest" in said
+        assert "is left there, without a manifest" in caplog.text
     finally:
         killer.join()
         shelf.start()

@@ -18,8 +18,8 @@ def test_postgres_keeps_what_it_acknowledged(postgres: Postgres) -> None:
 
 
 def test_the_store_keeps_what_it_acknowledged(store: ObjectStore) -> None:
-    store.put("kept/a", b"content")
+    store.put("services/a", b"content")
     store.kill()
     store.start()
-    assert store.client().get_object(Bucket=store.bucket, Key="kept/a")["Body"].read() == b"content"
-    assert store.keys("kept/") == ["kept/a"]
+    assert store.client().get_object(Bucket=store.bucket, Key="services/a")["Body"].read() == b"content"
+    assert store.keys("services/") == ["services/a"]
