@@ -19,7 +19,7 @@ from pipeline.server import mask
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # in Ray's own order
-FIRST_ANSWER_WITHIN_S = 12.0
+FIRST_ANSWER_WITHIN_S = 10.0
 CONNECT_WITHIN_S = 5.0
 ANSWER_WITHIN_S = 12.0
 WORK_WITHIN_S = 120.0  # storing a package, starting a job

@@ -244,9 +244,7 @@ def test_keys_reach_driver_and_workers_and_nobody_else(ray_cluster: RayCluster, 
     job = json.loads(done.stdout.splitlines()[-1])["job"]
     seen = json.dumps(api(ray_cluster, "GET", "")) + done.stdout + done.stderr + json.dumps(ray_cluster.state("actors"))
     assert str(secrets) in seen
-    files = [
-        path for path in (ray_cluster.folder / "disks").rglob("*") if path.is_file() and "packages" not in path.parts
-    ]
+    files = [path for path in (ray_cluster.folder / "disks").rglob("*") if path.is_file() and path.name != secrets.name]
     files = [path for path in files if "working_dir_files" not in path.parts]  # which hold this folder's source
     assert any(job in path.name for path in files)  # logs are among them
     for value in store.owner:
