@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -84,10 +84,10 @@ class Findings:
 def removal_note(folder: Path) -> str:
     """For the message that a run cannot be resumed: that its checkpoint was removed, if so."""
     try:
-        removed = json.loads((folder / REMOVED_FILE).read_text())
-    except (OSError, ValueError):
+        at = json.loads((folder / REMOVED_FILE).read_text())["at"]
+    except (OSError, ValueError, KeyError, TypeError):
         return ""
-    return f" (that of {folder.name} was removed by `latentrl gc` at {removed['at']})"
+    return f" (that of {folder.name} was removed by `latentrl gc` at {at})"
 
 
 def sweep_run(folder: Path, newest: Callable[[Path], bool], *, with_finished: bool, delete: bool) -> Findings:
@@ -188,14 +188,14 @@ def sweep_cache(cache: Path, used: set[str], registry: Registry | None, *, delet
     findings = Findings()
     for path in _folders(cache, findings):
         if path.name.startswith((FETCH_PREFIX, ASIDE_PREFIX)):
-            if _is_unused(path):
+            if is_unused(path):
                 _judge(findings, Item("leftover", path, "a killed process left it"), lambda: _any_name)
         elif SHA256.fullmatch(path.name) and path.name not in used:
             _examine_bundle(findings, path, registry)
     if not (delete and findings.items):
         return findings
     with locked_cache(cache, alone=True):
-        kept = [item for item in findings.items if not _is_unused(item.path)]
+        kept = [item for item in findings.items if not is_unused(item.path)]
         findings.items = [item for item in findings.items if item not in kept]
         findings.kept += [Kept(item.path, USED_JUST_NOW) for item in kept]
         aside = _set_aside(findings, cache)
@@ -210,15 +210,15 @@ def _examine_bundle(findings: Findings, path: Path, registry: Registry | None) -
         findings.kept.append(Kept(path, "an alias means it"))
     elif path.name not in registry.addresses:
         findings.kept.append(Kept(path, "no registered version has it: this may be the last copy"))
-    elif not _is_unused(path):
+    elif not is_unused(path):
         findings.kept.append(Kept(path, USED_JUST_NOW))
     else:
         why = f"no run here uses it and no alias means it; it can be fetched again as {registry.addresses[path.name]}"
         _judge(findings, Item("bundle", path, why), lambda: bundle.listed_names(path).__contains__)
 
 
-def _is_unused(path: Path) -> bool:
-    """Whether nothing in a folder has been written for a while, nor the folder marked as in use."""
+def is_unused(path: Path) -> bool:
+    """Whether nothing in a folder of the cache has been written for a while, nor the folder marked as in use."""
     try:
         times = [path.lstat().st_mtime, *(inside.lstat().st_mtime for inside in path.rglob("*"))]
     except FileNotFoundError:  # its process is at work
@@ -245,6 +245,11 @@ def used_bundles(folders: Iterable[Path]) -> set[str]:
         except OSError as error:
             raise UserError(f"cannot read {path} ({error.strerror}), so what its run needs is not known") from None
     return used
+
+
+def used_just_now(cache: Path) -> set[str]:
+    """sha256 of the bundles that some process may be about to start a run with."""
+    return {path.name for path in cache.glob("*") if SHA256.fullmatch(path.name) and not is_unused(path)}
 
 
 def bytes_on_disk(paths: Iterable[Path]) -> list[int]:
@@ -325,5 +330,11 @@ def _set_aside(findings: Findings, parent: Path) -> Path | None:
 
 
 def _discard(findings: Findings, aside: Path | None) -> None:
+    """Removes what was set aside; another gc may be at the same."""
+
+    def note(call: Any, path: str, info: Any) -> None:
+        if not isinstance(info[1], FileNotFoundError):
+            findings.errors.append(f"{path} cannot be removed ({info[1]})")
+
     if aside is not None:
-        shutil.rmtree(aside, onerror=lambda call, path, info: findings.errors.append(f"{path}: {info[1]}"))
+        shutil.rmtree(aside, onerror=note)

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jobs.garbage import Findings, bytes_on_disk, run_folders, sweep_cache, sweep_run, used_bundles
+from jobs.garbage import Findings, bytes_on_disk, run_folders, sweep_cache, sweep_run, used_bundles, used_just_now
 from jobs.workspace import Workspace
 from pipeline.errors import UserError
 from pipeline.records import Records
@@ -43,7 +43,7 @@ def run(
         raise UserError(f"there is no folder {workspace.home}; name another --home")
     home = Workspace(workspace.home.resolve(), workspace.tracking_uri)
     registry, hints = _registry(workspace.tracking_uri)
-    used = used_bundles(run_folders(home.runs, Findings()))
+    used = used_bundles(run_folders(home.runs, Findings())) | used_just_now(home.cache)
     found = _sweep(home, used, registry, with_finished=finished, delete=False)
     models = list(registry.unused(used, with_versions=versions)) if registry is not None else []
     paths = [item.path for item in found.items]

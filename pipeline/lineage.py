@@ -157,11 +157,12 @@ class Lineage:
 
     def add_children(self, run_id: str) -> list[Node]:
         """Adds what the runs nested under a run made, at any depth."""
-        found, parents = list[Node](), {run_id}
+        found, parents, seen = list[Node](), {run_id}, set[str]()
         while parents:
+            seen |= parents
             runs = list(self.records.runs_tagged(PARENT_TAG, parents))
             found += [node for node in map(self.add_run, runs) if node is not None]
-            parents = {run.info.run_id for run in runs}
+            parents = {run.info.run_id for run in runs} - seen
         return found
 
     def finish(self) -> None:

@@ -18,7 +18,7 @@ from pipeline.outbox import Refused, Unreachable
 from pipeline.records import Records, quoted
 
 if TYPE_CHECKING:
-    from pipeline.server import LoggedModel, ModelVersion
+    from pipeline.server import LoggedModel, MlflowRun, ModelVersion
 
 USING_TAGS = ("encoder.sha256", "policy.sha256", "dataset.policy_sha256")
 SETTLED_S = 24 * 3600.0  # a younger model may be one that is being registered, or that is about to be used
@@ -31,12 +31,14 @@ class StoredModel:
     Attributes:
         address: `models:/NAME/3`, or `models:/m-...` where it has no version.
         model_id: Of the logged model.
+        sha256: Of the bundle.
         num_bytes: Of its files, as recorded at registration; 0 where that was not.
         why: Nothing needs it.
     """
 
     address: str
     model_id: str
+    sha256: str
     num_bytes: int
     why: str
 
@@ -72,7 +74,7 @@ class Registry:
         versions = {model_id: version for version in self._versions if (model_id := logged_model_id(version))}
         for model in self._records.logged_models(f"tags.`{OPERATION_TAG}` LIKE '%'"):
             version = versions.get(model.model_id)
-            if not _is_settled(model) or model.tags.get(SHA256_TAG) in used:
+            if not _is_settled(model) or model.tags.get(SHA256_TAG, "") in {*used, ""}:
                 continue
             if version is None and not self._is_source(model):
                 yield _stored(model, model.model_uri, "its version has been deleted, and no run or version uses it")
@@ -86,6 +88,10 @@ class Registry:
             UserError: An alias means it by now, or the server does not do it.
         """
         client, address = self._records.client, self._records.address
+        if any(
+            run for tag in USING_TAGS for run in self._records.runs_tagged(tag, {model.sha256}) if not _is_deleted(run)
+        ):
+            raise UserError(f"{model.address} has been used meanwhile; it is kept")
         try:
             if not model.address.startswith("models:/m-"):
                 name, _, number = model.address.removeprefix("models:/").rpartition("/")
@@ -109,7 +115,7 @@ class Registry:
         """sha256 of the bundles that runs that are not deleted and other versions were made from."""
         for tag in USING_TAGS:
             for run in self._records.runs(f"tags.`{tag}` LIKE '%'"):
-                if run.info.lifecycle_stage != "deleted":
+                if not _is_deleted(run):
                     yield run.data.tags[tag]
         yield from (version.tags[tag] for version in self._versions for tag in USING_TAGS if tag in version.tags)
 
@@ -124,11 +130,15 @@ class Registry:
 
 
 def _stored(model: LoggedModel, address: str, why: str) -> StoredModel:
-    return StoredModel(address, model.model_id, int(model.tags.get(BYTES_TAG, 0)), why)
+    return StoredModel(address, model.model_id, model.tags[SHA256_TAG], int(model.tags.get(BYTES_TAG, 0)), why)
 
 
 def _is_settled(model: LoggedModel) -> bool:
     return time.time() - model.last_updated_timestamp / 1000 > SETTLED_S
+
+
+def _is_deleted(run: MlflowRun) -> bool:
+    return bool(run.info.lifecycle_stage == "deleted")
 
 
 def _address(version: ModelVersion) -> str:
