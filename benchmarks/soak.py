@@ -27,6 +27,7 @@ import psutil
 from numpy.typing import NDArray
 from peers.ours import GAME, untrained_encoder
 from peers.results import machine
+from scipy import stats
 
 from pipeline.atari import preprocess_for
 
@@ -34,7 +35,7 @@ MEGABYTE = 1_000_000
 EXIT_WITHIN_S = 60.0
 SETTLE_S = 60.0  # after the replay is full
 MOST_GROWTH_PERCENT = 1.0  # an hour
-RESAMPLES = 2_000
+BIN_S = 600.0
 SHARED_MEMORY = Path("/dev/shm")
 GAUGES = ("pss_mb", "rss_mb", "processes", "threads", "open_files", "shared_memory_mb")
 ROLES = {
@@ -151,44 +152,38 @@ class Soak:
         print(f"{watched:.1f} of {minutes:g} min with a full replay, {steps:,} agent steps: {gauges}", file=sys.stderr)
 
 
-def slope_per_hour(samples: list[dict[str, Any]], gauge: str, seed: int = 0) -> tuple[float, float, float]:
+def slope_per_hour(samples: list[dict[str, Any]], gauge: str) -> tuple[float, float, float]:
     """Least-squares growth of a gauge, one slope for all sittings, each with a level of its own.
 
+    What memory does lasts for minutes, so neighbouring samples are no independent ones: the line goes through the means
+    of `BIN_S` seconds, whose scatter gives Student's interval.
+
     Returns:
-        The slope in percent of the mean an hour, and its 95% interval by a bootstrap over blocks of neighbours.
-
-    References:
-        Künsch (1989), The jackknife and the bootstrap for general stationary observations.
+        The slope in percent of the mean an hour, and its 95% interval; all NaN where there are too few means.
     """
-    times, values = _centred(samples, gauge)
+    times, values, sittings = _means(samples, gauge)
     mean = float(np.mean([sample[gauge] for sample in samples]))
+    spread, freedom = float(times @ times), len(times) - sittings - 1
+    if freedom < 1 or not spread:
+        return np.nan, np.nan, np.nan
+    slope = float(times @ values) / spread
+    error = float(np.sqrt(np.sum((values - slope * times) ** 2) / freedom / spread))
+    reach = float(stats.t.ppf(0.975, freedom)) * error
     scale = 100.0 / mean if mean else 0.0
-    length = max(1, round(2 * len(times) ** (1 / 3)))
-    starts = np.arange(len(times) - length + 1)
-    rng = np.random.default_rng(seed)
-    slopes = []
-    for _ in range(RESAMPLES):
-        picked = rng.choice(starts, -(-len(times) // length))[:, None] + np.arange(length)
-        slopes.append(_slope(times[picked.ravel()], values[picked.ravel()]))
-    low, high = np.quantile(slopes, [0.025, 0.975])
-    return _slope(times, values) * scale, float(low) * scale, float(high) * scale
+    return slope * scale, (slope - reach) * scale, (slope + reach) * scale
 
 
-def _centred(samples: list[dict[str, Any]], gauge: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Hours and values, without each sitting's own mean."""
+def _means(samples: list[dict[str, Any]], gauge: str) -> tuple[NDArray[np.float64], NDArray[np.float64], int]:
+    """Hours and values of every bin, without each sitting's own mean, and the number of sittings."""
     columns: tuple[list[float], list[float]] = ([], [])
-    for sitting in sorted({sample["sitting"] for sample in samples}):
-        members = [sample for sample in samples if sample["sitting"] == sitting]
-        for column, key, unit in zip(columns, ("time_s", gauge), (3600.0, 1.0), strict=True):
-            own = np.array([member[key] for member in members], float) / unit
-            column.extend(own - own.mean())
-    return np.array(columns[0]), np.array(columns[1])
-
-
-def _slope(times: NDArray[np.float64], values: NDArray[np.float64]) -> float:
-    times, values = times - times.mean(), values - values.mean()
-    spread = float(times @ times)
-    return float(times @ values) / spread if spread else 0.0
+    sittings = sorted({sample["sitting"] for sample in samples})
+    for sitting in sittings:
+        times, values = np.array([(s["time_s"], s[gauge]) for s in samples if s["sitting"] == sitting], float).T
+        bins = ((times - times[0]) // BIN_S).astype(int)
+        for column, of in zip(columns, (times / 3600.0, values), strict=True):
+            means = np.array([of[bins == number].mean() for number in np.unique(bins)])
+            column.extend(means - means.mean())
+    return np.array(columns[0]), np.array(columns[1]), len(sittings)
 
 
 def summarise(soak: Soak, left: dict[str, Any]) -> dict[str, Any]:
@@ -197,11 +192,12 @@ def summarise(soak: Soak, left: dict[str, Any]) -> dict[str, Any]:
     gauges = {}
     for name in GAUGES:
         slope, low, high = slope_per_hour(samples, name)
+        is_known = bool(np.isfinite(slope))
         gauges[name] = {
             "first": round(samples[0][name], 1),
             "last": round(samples[-1][name], 1),
-            "percent_an_hour": round(slope, 3),
-            "ci95": [round(low, 3), round(high, 3)],
+            "percent_an_hour": round(slope, 3) if is_known else None,
+            "ci95": [round(low, 3), round(high, 3)] if is_known else None,
         }
     is_clean = not left["processes"] and not left["temporary_files"] and not left["drafts"]
     return {
@@ -213,7 +209,8 @@ def summarise(soak: Soak, left: dict[str, Any]) -> dict[str, Any]:
         "gauges": gauges,
         "roles_mb": {name: round(value, 1) for name, value in samples[-1]["roles_mb"].items()},
         "left_behind": left,
-        "has_passed": gauges["pss_mb"]["percent_an_hour"] < MOST_GROWTH_PERCENT
+        "has_passed": (growth := gauges["pss_mb"]["percent_an_hour"]) is not None
+        and growth < MOST_GROWTH_PERCENT
         and is_clean
         and left["exit_code"] == 143,
         "machine": machine(),
@@ -226,7 +223,9 @@ def page(result: dict[str, Any], command: str) -> str:
     rows = []
     for name, gauge in result["gauges"].items():
         what = name.removesuffix("_mb").replace("_", " ") + (", MB" if name.endswith("_mb") else "")
-        growth = f"{gauge['percent_an_hour']:+.2f} [{gauge['ci95'][0]:+.2f}, {gauge['ci95'][1]:+.2f}]"
+        growth = "not known: too short"
+        if gauge["ci95"] is not None:
+            growth = "{:+.2f} [{:+.2f}, {:+.2f}]".format(gauge["percent_an_hour"], *gauge["ci95"])
         rows.append(f"| {what} | {gauge['first']:,.1f} | {gauge['last']:,.1f} | {growth} |")
     roles = ", ".join(f"{name} {value:,.0f}" for name, value in sorted(result["roles_mb"].items()))
     left = result["left_behind"]
@@ -246,8 +245,8 @@ def page(result: dict[str, Any], command: str) -> str:
             "|---|---|---|---|",
             *rows,
             "",
-            "PSS counts a page that several processes share once; the interval is a bootstrap over blocks of "
-            f"neighbouring samples. At the end (PSS, MB): {roles}.",
+            "PSS counts a page that several processes share once; the interval is Student's, from "
+            f"means of {BIN_S / 60:g} minutes. At the end (PSS, MB): {roles}.",
             "",
             f"After SIGTERM it ended with code {left['exit_code']} in {left['exit_s']} s and left behind: "
             f"{len(left['processes'])} processes, {len(left['temporary_files'])} temporary files besides Ray's logs, "

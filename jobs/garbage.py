@@ -42,7 +42,7 @@ UNUSED_S = 3600.0  # since a bundle in the cache was used, or a download was wri
 TEMPORARY_FILES = ("run.json.tmp", "outbox.done.tmp", "result.json.tmp")
 RAY_TRAIN_FILES = re.compile(
     r"pretrain\.json(\.tmp)?|checkpoint_manager_snapshot\.json|\.validate_storage_marker"
-    r"|epoch-\d{5}/((model|optimizer)\.safetensors|progress\.json|\.metadata\.json)"
+    r"|step-\d{9}/((model|optimizer)\.safetensors|progress\.json|SHA256SUMS|\.metadata\.json)"
 )
 SHA256 = re.compile(r"\b[0-9a-f]{64}\b")
 
