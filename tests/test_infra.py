@@ -179,10 +179,11 @@ def test_environments_are_made_by_the_same_line() -> None:
     places["cluster.yaml"] = "\n".join(LAUNCHER["setup_commands"])
     for name, text in places.items():
         lines = re.findall(r"pip install (.+)$", text, re.MULTILINE)
-        words = [word for line in lines for word in shlex.split(line) if word not in ("-q", "-e")]
-        words = [word for word in words if not word.startswith("--")]
-        assert words[:2] == ["-c", "constraints.txt"], name
-        assert [re.sub(r"\[.*\]$", "", word) for word in words[2:]] == ["."], name
+        assert lines, name
+        for line in lines:
+            words = [word for word in shlex.split(line) if word not in ("-q", "-e") and not word.startswith("--")]
+            assert words[:2] == ["-c", "constraints.txt"], name
+            assert [re.sub(r"\[.*\]$", "", word) for word in words[2:]] == ["."], name
 
 
 def test_images_hold_rays_dashboard() -> None:
