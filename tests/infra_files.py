@@ -91,4 +91,5 @@ def understood(arguments: list[str]) -> Namespace:
 
 def commands(text: str, program: str = "latentrl") -> list[str]:
     found = re.findall(rf"(?<![\w-]){re.escape(program)} ((?:{STAGES})\b[^\"'`|;&\n]*)", joined(text))
-    return [command.strip() for command in found if " " in command.strip() and "..." not in command]
+    spoken_of = re.compile(r"\S+|(data|jobs) \S+|.*\.\.\..*")  # and not called
+    return [command for command in map(str.strip, found) if not spoken_of.fullmatch(command)]
