@@ -188,7 +188,12 @@ def check(address: Address, *, may_create: bool) -> MlflowClient:
     else:
         _bounded(address, lambda: _look_for_life(address), SIGN_OF_LIFE_WITHIN_S + 2)
     client = connect(address)
-    ask(address, lambda: client.search_experiments(max_results=1))
+
+    def question() -> None:
+        with address.alone():  # The first question makes a new file's tables, which two at once cannot.
+            client.search_experiments(max_results=1)
+
+    ask(address, question)
     return client
 
 
