@@ -51,7 +51,11 @@ class Finding:
     def of(cls, check: str, error: Exception, state: str = BAD) -> Finding:
         """A complaint whose last part, after a semicolon, says what to do."""
         seen, _, advice = " ".join(str(error).split()).rpartition("; ")
-        return cls(check, state, seen, advice) if seen else cls(check, state, advice, "see above")
+        return (
+            cls(check, state, seen, advice)
+            if seen
+            else cls(check, state, advice, "mend that, and run the command again")
+        )
 
 
 Findings = Iterator[Finding]

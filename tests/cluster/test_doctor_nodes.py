@@ -148,17 +148,18 @@ def test_what_differs_between_machines(
 ) -> None:
     one, two = cluster.workers["one"], cluster.workers["two"]
     home, storage = cluster.head.here / "work" / "home", cluster.shared / "frames"
-    (tmp_path / "cli.py").write_text("another commit")
+    probe = ROOT / "jobs" / "node_probe.py"
+    (tmp_path / "other.py").write_text("raise RuntimeError('this latentrl cannot be asked')")
     for node in (cluster.head, one):
         inside(node, "mkdir", "home").check_returncode()
-    inside(one, "mount", "--bind", str(tmp_path / "cli.py"), str(ROOT / "jobs" / "cli.py")).check_returncode()
+    inside(one, "mount", "--bind", str(tmp_path / "other.py"), str(probe)).check_returncode()
     inside(two, "mount", "--bind", str(cluster.shared), str(cluster.shared)).check_returncode()
     inside(two, "mount", "-o", "remount,bind,ro", str(cluster.shared)).check_returncode()
     try:
         places = ("--home", home, "--storage", storage, "--tracking-uri", mlflow_server.address)
         code, found = doctor_on(cluster.head, *places, MLFLOW_TRACKING_PASSWORD="wrong")
     finally:
-        inside(one, "umount", str(ROOT / "jobs" / "cli.py")).check_returncode()
+        inside(one, "umount", str(probe)).check_returncode()
         inside(two, "umount", str(cluster.shared)).check_returncode()
         for node in (cluster.head, one):
             inside(node, "rmdir", "home").check_returncode()  # fails where something was left in it
