@@ -24,9 +24,8 @@ def test_the_page_is_made_of_the_figures_and_of_nothing_else() -> None:
     assert faults.PROPERTY == PROPERTY
 
 
-def test_every_row_is_measured_within_its_promise() -> None:
-    assert faults.beyond_promise(KEPT) == []
-    assert set(KEPT["rows"]) == {row.name for row in faults.ROWS}
+def test_figures_are_of_rows_that_there_are() -> None:
+    assert set(KEPT["rows"]) <= {row.name for row in faults.ROWS}
 
 
 @pytest.mark.parametrize("row", faults.ROWS, ids=lambda row: row.name)
@@ -38,14 +37,16 @@ def test_every_row_has_a_test_that_names_it(row: faults.Row) -> None:
 
 
 def test_what_took_longer_than_promised_or_was_never_measured_is_said() -> None:
+    """By the script that measures, with its exit code: the figures are of a machine and its other work."""
+    rows = {row.name: {"seconds": dict(row.limits)} for row in faults.ROWS}
+    assert faults.beyond_promise({"rows": rows}) == []
     row = next(row for row in faults.ROWS if row.limits)
-    rows = {name: dict(figures) for name, figures in KEPT["rows"].items()}
     what, limit = next(iter(row.limits.items()))
-    rows[row.name] |= {"seconds": {**rows[row.name]["seconds"], what: limit + 1}}
-    (problem,) = faults.beyond_promise({**KEPT, "rows": rows})
+    rows[row.name] = {"seconds": {**row.limits, what: limit + 1}}
+    (problem,) = faults.beyond_promise({"rows": rows})
     assert problem.startswith(row.name)
     del rows[row.name]
-    assert faults.beyond_promise({**KEPT, "rows": rows}) == [f"{row.name}: not measured"]
+    assert faults.beyond_promise({"rows": rows}) == [f"{row.name}: not measured"]
 
 
 def samples(percent_an_hour: float, seed: int, minutes: int = 60) -> list[dict[str, float]]:
