@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -20,6 +21,7 @@ from jobs.stages import add_stages
 from pipeline import disk
 from pipeline.errors import Terminated, TrackingPending, UserError
 from pipeline.secrets import load_secrets
+from pipeline.server import without_passwords
 
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
@@ -39,7 +41,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Prints one line and exits with code 2."""
-        self.exit(2, f"error: {message}; see `{self.prog} --help`\n")
+        self.exit(2, f"error: {without_passwords(message)}; see `{self.prog} --help`\n")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -74,16 +76,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         user_error = _user_error_behind(error)
         if user_error is None:
-            raise
+            print(without_passwords(traceback.format_exc()), file=sys.stderr)
+            return 1
         return _complain(user_error, 2)
     _show(result, options.present, as_json=options.json)
     return 1 if result.get("errors") else 0
 
 
 def _complain(error: BaseException, code: int) -> int:
-    line = " ".join(str(error).split())
+    line = _shown(" ".join(str(error).split()))
     print(f"error: {line}" if code == 2 else line, file=sys.stderr)
     return code
+
+
+def _shown(text: str) -> str:
+    """A text for a terminal: names and tags in it may be others', and could hold what moves a terminal's cursor."""
+    safe = "".join(sign if sign.isprintable() or sign in "\n\t" else "?" for sign in text)
+    return without_passwords(safe)
 
 
 def _user_error_behind(error: BaseException) -> UserError | TrackingPending | None:
@@ -100,9 +109,9 @@ def _user_error_behind(error: BaseException) -> UserError | TrackingPending | No
 
 def _show(result: dict[str, Any], present: Callable[[dict[str, Any]], str], *, as_json: bool) -> None:
     """The result in words; with --json, as one object on the last line of stdout."""
-    print(present(result), file=sys.stderr if as_json else sys.stdout, flush=True)
+    print(_shown(present(result)), file=sys.stderr if as_json else sys.stdout, flush=True)
     if as_json:
-        print(json.dumps(result), flush=True)
+        print(without_passwords(json.dumps(result)), flush=True)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import psutil
 import ray
 
 from jobs.joining import require_joinable
+from jobs.loopback import on_loopback
 from jobs.watch import watched
 from jobs.workspace import JOB_VARIABLE, Workspace
 from pipeline import secrets
@@ -69,15 +70,18 @@ def _start_local() -> None:
     memory = min(_OBJECT_STORE_BYTES, psutil.virtual_memory().available // 4)
     _require_object_store(memory)
     try:
-        ray.init(
-            address="local",
-            num_cpus=os.cpu_count(),
-            object_store_memory=memory,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            configure_logging=True,
-        )
+        with on_loopback():
+            ray.init(
+                address="local",
+                num_cpus=os.cpu_count(),
+                object_store_memory=memory,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=True,
+            )
+    except UserError:
+        raise
     except Exception as error:  # Ray raises nothing more special where its processes do not come up
         ray.shutdown()
         raise UserError(

@@ -19,9 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from jobs.settings import CONFIG_FILE
+from jobs.settings import CONFIG_FILE, load_resolved
 from jobs.workspace import BUNDLE_FOLDER, CHECKPOINT_FOLDER, CHECKPOINTS_FOLDER, POLICY_FOLDER, RESULT_FILE
 from pipeline import bundle
 from pipeline.errors import UserError
@@ -29,6 +27,7 @@ from pipeline.journal import num_undelivered
 from pipeline.outbox import held
 from pipeline.resolve import FETCH_PREFIX, locked_cache
 from pipeline.tracking import RUN_FILE, RunRecord
+from pipeline.untrusted import read_json, short
 from pipeline.unused import Registry
 from rllib_ext.checkpoint import find_checkpoint, leftovers
 
@@ -84,8 +83,8 @@ class Findings:
 def removal_note(folder: Path) -> str:
     """For the message that a run cannot be resumed: that its checkpoint was removed, if so."""
     try:
-        at = json.loads((folder / REMOVED_FILE).read_text())["at"]
-    except (OSError, ValueError, KeyError, TypeError):
+        at = short(read_json(folder / REMOVED_FILE, REMOVED_FILE)["at"]).strip("'")
+    except (UserError, KeyError):
         return ""
     return f" (that of {folder.name} was removed by `latentrl gc` at {at})"
 
@@ -162,9 +161,9 @@ def _examine_training(findings: Findings, folder: Path, newest: Callable[[Path],
 def _training_has_finished(folder: Path) -> bool:
     """Whether a training has made all the steps that it was last started for."""
     try:
-        done = json.loads((folder / RESULT_FILE).read_text())["agent_steps"]
-        return bool(done >= yaml.safe_load((folder / CONFIG_FILE).read_text())["run"]["agent_steps"])
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        done = read_json(folder / RESULT_FILE, RESULT_FILE)["agent_steps"]
+        return bool(done >= load_resolved(folder)["agent_steps"])
+    except (UserError, KeyError, TypeError):
         return False
 
 

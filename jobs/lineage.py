@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -22,6 +21,7 @@ from pipeline.schema import MANIFEST_FILE
 from pipeline.server import Address
 from pipeline.store import FramesDataset
 from pipeline.tracking import PIPELINE_STAGE, RUN_FILE, RunRecord
+from pipeline.untrusted import read_json
 
 RUN_ID = re.compile(r"[0-9a-f]{32}")
 HASH = re.compile(r"[0-9a-f]{8,64}")
@@ -142,10 +142,10 @@ def _latents(folder: Path) -> dict[str, Any] | None:
     """The manifest of a dataset of latents; None of another folder."""
     path = folder / MANIFEST_FILE
     try:
-        manifest = json.loads(path.read_text()) if path.is_file() else None
-    except ValueError:
+        manifest = read_json(path, str(path)) if path.is_file() else {}
+    except UserError:
         return None  # which opening it as a dataset of frames reports
-    return manifest if isinstance(manifest, dict) and "encoder" in manifest else None
+    return manifest if "encoder" in manifest else None
 
 
 def _unrecorded(sha256: str, folder: Path) -> Node:
@@ -153,8 +153,10 @@ def _unrecorded(sha256: str, folder: Path) -> Node:
     facts: dict[str, Any] = {"address": str(folder)}
     if kind_of(folder, str(folder)) == "encoder":
         return Node("encoder", sha256, facts=facts)
-    config = json.loads((folder / "config.json").read_text())
-    return Node("agent", sha256, (config.get("encoder") or {}).get("sha256"), {**facts, "mode": config.get("mode")})
+    config = read_json(folder / "config.json", f"config.json of {folder}")
+    encoder = config.get("encoder")
+    made_from = encoder.get("sha256") if isinstance(encoder, dict) else None
+    return Node("agent", sha256, made_from, {**facts, "mode": config.get("mode")})
 
 
 def _listed(keys: Iterable[str]) -> str:
@@ -242,19 +244,27 @@ def _words(node: dict[str, Any]) -> str:
     facts = node["facts"]
     if node["kind"] == "data":
         player = facts.get("policy_uri") or facts.get("policy") or "nobody knows whom"
-        what = f"{facts.get('frames', 0):,} frames of {facts.get('game', '?')}, played by {player}"
+        what = f"{_figure('{:,}', facts.get('frames', 0))} frames of {facts.get('game', '?')}, played by {player}"
         return f"data {node['key'][:12]}: {what}, at {facts.get('uri')}"
     figures = {
         "encoder": [("bits_per_dim", "{:.3f} bits/dim")],
         "agent": [("mode", "{}"), ("agent_steps", "{:,} agent steps")],
         "evaluation": [("mean_return", "{:.2f} points"), ("episodes", "{} games")],
     }[node["kind"]]
-    known = [text.format(facts[key]) for key, text in figures if facts.get(key) is not None]
+    known = [_figure(text, facts[key]) for key, text in figures if facts.get(key) is not None]
     runs = [f"run {run['name']} ({run['status'].lower()})" for run in node["runs"]]
     if node["kind"] == "evaluation" and str(facts.get("policy.address")).startswith("random:"):
         known.append(f"agent {facts['policy.address']}")
     name = f" {_name(node)}" if node["kind"] != "evaluation" else ""
     return f"{node['kind']}{name}: {', '.join(known + runs) or 'nothing is recorded'}"
+
+
+def _figure(text: str, value: Any) -> str:
+    """A value as it should be shown; as it stands where a server has something else under its name."""
+    try:
+        return text.format(value)
+    except ValueError:
+        return str(value)
 
 
 def _name(node: dict[str, Any]) -> str:

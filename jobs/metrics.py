@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 
 from pipeline.disk import write_text
+from pipeline.errors import reading
 from pipeline.registry import Run
 
 METRICS_FILE = "metrics.jsonl"
@@ -27,5 +28,6 @@ class Metrics:
     def forget(self, is_done_again: Callable[[int], bool]) -> None:
         """Drops what an earlier sitting recorded after its last checkpoint, and a line that it left half-written."""
         lines = self._path.read_text().split("\n")[:-1] if self._path.is_file() else []
-        kept = [line for line in lines if not is_done_again(json.loads(line)["step"])]
+        with reading(str(self._path), "remove it to go on without the curve so far"):
+            kept = [line for line in lines if not is_done_again(json.loads(line)["step"])]
         write_text(self._path, "".join(f"{line}\n" for line in kept))

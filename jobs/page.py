@@ -12,9 +12,10 @@ from jobs.relatives import RANDOM_PREFIX, Relatives, RunFolder, points
 from jobs.workspace import Workspace
 from pipeline.artifact import load_stats
 from pipeline.charts import Chart, Series, line_chart, number, recent_mean, score, thinned
-from pipeline.registry import ui_command
+from pipeline.registry import Tracking, ui_command
 from pipeline.report import Command, Fact, Picture, ReportContent, Score, Table
 from pipeline.scores import RANDOM_AND_HUMAN
+from pipeline.untrusted import require_inside
 
 CURVE_WINDOW = 20
 
@@ -115,7 +116,11 @@ def _gameplay(kin: Relatives, remarks: Remarks) -> Picture | None:
         who = whose.get(film["mode"], "This agent")
         remarks["gameplay"].append(f"{who} has no decoder, so there is no reconstruction beside the game.")
     seconds = film["shown_agent_steps"] * kin.preprocess.get("frame_skip", 4) / 60
-    return Picture(judged.path / film["file"], f"{seconds:.0f} seconds of one game.", _film_caption(film))
+    return Picture(
+        judged.path / require_inside(film["file"], "the run's film"),
+        f"{seconds:.0f} seconds of one game.",
+        _film_caption(film),
+    )
 
 
 def _film_caption(film: Mapping[str, Any]) -> str:
@@ -277,7 +282,7 @@ def _places(workspace: Workspace) -> str:
     """The options by which another command finds the same runs and models."""
     options = f"--home {shlex.quote(str(workspace.home))}"
     if workspace.tracking_uri != Workspace.at(str(workspace.home)).tracking_uri:
-        options += f" --tracking-uri {shlex.quote(workspace.tracking_uri)}"
+        options += f" --tracking-uri {shlex.quote(Tracking(workspace.tracking_uri).uri)}"  # without a password
     return options
 
 

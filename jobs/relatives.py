@@ -5,21 +5,21 @@ What was made from what, whoever made it and wherever, is the tracking server's 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
-import yaml
-
+from jobs.settings import read_yaml
 from jobs.workspace import BUNDLE_FOLDER, POLICY_FOLDER, RESULT_FILE, Workspace
 from pipeline import bundle
 from pipeline.errors import UserError
 from pipeline.tracking import RunRecord
+from pipeline.untrusted import parse_object, read_bytes, read_json
 
 RANDOM_PREFIX = "random:"
+_MOST_METRICS_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -52,18 +52,18 @@ class RunFolder:
     def result(self) -> dict[str, Any]:
         """What the stage gave at its end; empty when it has not ended."""
         path = self.path / RESULT_FILE
-        return dict(json.loads(path.read_text())) if path.is_file() else {}
+        return read_json(path, str(path)) if path.is_file() else {}
 
     def yaml(self, name: str) -> dict[str, Any]:
         """A YAML file of the run; empty when there is none."""
         path = self.path / name
-        return dict(yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}
+        return read_yaml(path, str(path)) if path.is_file() else {}
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; a last line that a killed run left unfinished is dropped."""
         path = self.path / "metrics.jsonl"
-        lines = path.read_text().split("\n")[:-1] if path.is_file() else []
-        return [json.loads(line) for line in lines if line.strip()]
+        lines = read_bytes(path, str(path), _MOST_METRICS_BYTES).split(b"\n")[:-1] if path.is_file() else []
+        return [parse_object(line, f"a line of {path}") for line in lines if line.strip()]
 
     def bundle_sha256(self, folder: str) -> str | None:
         """Hash of a bundle inside of the run, or None when it has none."""
@@ -91,19 +91,24 @@ class Relatives:
     @property
     def policy_config(self) -> dict[str, Any]:
         """The policy's config.json; empty without a policy."""
-        return dict(json.loads((self.policy / "config.json").read_text())) if self.policy else {}
+        return read_json(self.policy / "config.json", f"config.json of {self.policy}") if self.policy else {}
 
     @property
     def preprocess(self) -> dict[str, Any]:
         """The record of how frames are made, of the policy or else of the encoder; empty without either."""
         holders = [self.policy, self.pretrain.path / BUNDLE_FOLDER if self.pretrain else None]
         files = [holder / "preprocess.json" for holder in holders if holder]
-        return next((dict(json.loads(file.read_text())) for file in files if file.is_file()), {})
+        return next((read_json(file, str(file)) for file in files if file.is_file()), {})
 
 
 def points(metrics: Iterable[dict[str, Any]], key: str) -> list[tuple[float, float]]:
-    """(step, value) of the lines that hold a number under `key`."""
-    return [(line["step"], line[key]) for line in metrics if isinstance(line.get(key), int | float)]
+    """(step, value) of the lines that hold a finite number under `key`."""
+    found = [(line.get("step"), line.get(key)) for line in metrics]
+    return [(step, value) for step, value in found if _is_number(step) and _is_number(value)]
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and abs(value) < 1e300
 
 
 def _sha256_of(path: Path) -> str | None:

@@ -8,10 +8,10 @@ from typing import Any
 from jobs.page import page_content
 from jobs.relatives import RunFolder, find_relatives
 from jobs.workspace import Workspace
-from pipeline.errors import TrackingPending
+from pipeline.errors import TrackingPending, reading
 from pipeline.outbox import Outbox
 from pipeline.report import write_report
-from pipeline.tracking import CLOSE_PATIENCE_S, Tracking, open_outbox, pending_message
+from pipeline.tracking import CLOSE_PATIENCE_S, open_outbox, pending_message
 
 PAGE = "report.html"
 
@@ -31,8 +31,8 @@ def run(workspace: Workspace, run: str) -> dict[str, Any]:
         TrackingPending: The page is written, but the server has not received it.
     """
     folder = RunFolder.read(workspace.find_run(run))
-    kin = find_relatives(folder, workspace)
-    path = write_report(folder.path / PAGE, page_content(folder, kin, workspace))
+    folder.record.address(workspace.tracking_uri)  # refuses before the page is made
+    path = make_page(folder, workspace)
     result = {"path": str(path)}
     outbox = _log_artifact(folder, path, workspace)
     if outbox.close(CLOSE_PATIENCE_S) > 0:
@@ -41,11 +41,20 @@ def run(workspace: Workspace, run: str) -> dict[str, Any]:
     return result
 
 
+def make_page(folder: RunFolder, workspace: Workspace) -> Path:
+    """Writes the page into the run's folder; contacts no server.
+
+    Raises:
+        UserError: A stage that has no page, or a file of one of the runs that the page shows is damaged.
+    """
+    kin = find_relatives(folder, workspace)
+    with reading(f"a run that the page of {folder.name} shows", "restore its folder, or take it out of the home"):
+        return write_report(folder.path / PAGE, page_content(folder, kin, workspace))
+
+
 def _log_artifact(folder: RunFolder, path: Path, workspace: Workspace) -> Outbox:
     """Adds the page to a run that has ended, and leaves its status and times as they are."""
-    own, given = Tracking(folder.record.uri), Tracking(workspace.tracking_uri)
-    address = given.address if given.uri == own.uri else own.address  # the given one may hold a password
-    outbox = open_outbox(folder.path, folder.record, address)
+    outbox = open_outbox(folder.path, folder.record, folder.record.address(workspace.tracking_uri))
     outbox.start()
     outbox.append("file", {"path": str(path), "directory": ""})
     return outbox

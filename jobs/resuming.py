@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ from jobs import sync
 from jobs.garbage import removal_note
 from jobs.settings import load_resolved
 from jobs.workspace import RESULT_FILE, Workspace
-from pipeline.errors import UserError
+from pipeline.errors import UserError, reading
+from pipeline.untrusted import read_json
 
 Result = dict[str, Any]
 
@@ -65,7 +65,8 @@ def earlier_run(
         return Earlier()
     changed = _changed(folder, settings, extended_by)
     done = _result(folder)
-    goes_further = extended_by is not None and done is not None and done[extended_by] < settings[extended_by]
+    with reading(f"the {RESULT_FILE} of {folder.name}", "restore it or start another run"):
+        goes_further = extended_by is not None and done is not None and done[extended_by] < settings[extended_by]
     if changed and (done is None or is_required):
         raise UserError(
             f"{folder.name} was started with other settings ({changed}); resume with those it was started with"
@@ -92,4 +93,4 @@ def _changed(folder: Path, settings: Mapping[str, Any], extended_by: str | None)
 
 def _result(folder: Path) -> Result | None:
     path = folder / RESULT_FILE
-    return json.loads(path.read_text()) if path.is_file() else None
+    return read_json(path, str(path)) if path.is_file() else None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
-import types
 import typing
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,10 +15,12 @@ import yaml
 
 from pipeline.commit import code_commit
 from pipeline.errors import UserError
+from pipeline.untrusted import converted, read_bytes, short
 
 Recipe = TypeVar("Recipe")
 CONFIG_FILE = "config.yaml"
 RUN_SECTION = "run"
+_MOST_YAML_BYTES = 2**20
 RECORDED_PACKAGES = ("ray", "torch", "mlflow", "gymnasium", "ale-py", "numpy", "pyarrow", "latentrl")
 
 
@@ -44,7 +47,9 @@ def resolve(recipe: Recipe, *, config: str | None = None, overrides: typing.Sequ
         UserError: An unknown key (the nearest one is named), or a value of the wrong type.
     """
     if config is not None:
-        for key, value in _flatten(_read_yaml(config)).items():
+        tree = read_yaml(Path(config), f"--config {config}")
+        tree.pop(RUN_SECTION, None)
+        for key, value in _settings(tree, recipe):
             recipe = _replaced(recipe, recipe, key, value, shown=value)
     for override in overrides:
         key, separator, text = override.partition("=")
@@ -69,13 +74,42 @@ def save_resolved(folder: Path, settings: Any, stage: str) -> None:
 
 def load_resolved(folder: Path) -> dict[str, Any]:
     """What `save_resolved` wrote, as `to_dict` had it."""
+    path = folder / CONFIG_FILE
+    advice = f"{path} does not hold the settings of a run; restore it or start the run anew"
     try:
-        tree = yaml.safe_load((folder / CONFIG_FILE).read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
-        tree = None
-    if not isinstance(tree, dict) or not isinstance(tree.get(RUN_SECTION), dict):
-        raise UserError(f"{folder / CONFIG_FILE} does not hold the settings of a run; restore it or start the run anew")
-    return {**tree.pop(RUN_SECTION), **tree}
+        tree = read_yaml(path, str(path))
+    except UserError as error:
+        raise UserError(f"{advice} ({error})") from None
+    run = tree.pop(RUN_SECTION, None)
+    if not isinstance(run, dict):
+        raise UserError(advice)
+    return {**run, **tree}
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Refuses aliases too, by which a few lines can stand for more than memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """PyYAML's hook for each node."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it repeats a part of itself by an alias")
+        return super().compose_node(parent, index)
+
+
+def read_yaml(path: Path, what: str) -> dict[str, Any]:
+    """The keys and values of a YAML file, as plain values: tags that would make objects are refused.
+
+    Raises:
+        UserError: No plain file, not YAML, or no keys and values.
+    """
+    content = read_bytes(path, what, _MOST_YAML_BYTES)
+    try:
+        tree = yaml.load(content, _PlainLoader)
+    except Exception as error:  # its constructors raise whatever a number or a date raises that is none
+        raise UserError(f"{what} is not YAML ({(str(error).splitlines() or [type(error).__name__])[0]})") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{what} holds a {type(tree).__name__}, not keys and values")
+    return {str(key): value for key, value in tree.items()}
 
 
 def provenance() -> dict[str, str]:
@@ -89,33 +123,21 @@ def provenance() -> dict[str, str]:
     return {"git_commit": code_commit() or "unknown", **versions}
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"cannot read --config {path} ({error.strerror}); name a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} is not YAML ({str(error).splitlines()[0]})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"--config {path} holds a {type(content).__name__}, not keys and values")
-    content.pop(RUN_SECTION, None)
-    return content
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _settings(tree: dict[Any, Any], node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of a tree, as deep as the recipe has sections."""
+    sections = {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
     for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
+        section = sections.get(str(key))
+        if isinstance(value, dict) and dataclasses.is_dataclass(section):
+            yield from _settings(value, section, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            yield f"{prefix}{key}", value
 
 
 def _parsed(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return yaml.load(text, _PlainLoader)
+    except Exception:  # as above; then it is a word, and is judged as one
         return text
 
 
@@ -134,8 +156,8 @@ def _replaced(node: Any, root: Any, key: str, value: Any, *, shown: Any, path: s
     full = f"{path}{key}"
     present = getattr(node, name, None) if name in {f.name for f in dataclasses.fields(node)} else dataclasses.MISSING
     if present is dataclasses.MISSING or bool(rest) != dataclasses.is_dataclass(present):
-        near = difflib.get_close_matches(full, known_keys(root), n=1, cutoff=0.0)
-        raise UserError(f"unknown setting {full!r}; the nearest is {near[0]!r}")
+        near = difflib.get_close_matches(full[:100], known_keys(root), n=1, cutoff=0.0)
+        raise UserError(f"unknown setting {short(full)}; the nearest is {near[0]!r}")
     if rest:
         inner = _replaced(present, root, rest, value, shown=shown, path=f"{path}{name}.")
     else:
@@ -144,28 +166,17 @@ def _replaced(node: Any, root: Any, key: str, value: Any, *, shown: Any, path: s
     try:
         return dataclasses.replace(node, **{name: inner})
     except ValueError as error:
-        raise UserError(f"setting {full} = {shown!r}: {error}") from None
+        raise UserError(f"setting {full} = {short(shown)}: {error}") from None
 
 
 def _converted(value: Any, expected: Any, key: str, shown: Any) -> Any:
-    """`value` as the type that a field declares, or a UserError."""
-    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        return _converted(value, next(a for a in arguments if a is not type(None)), key, shown)
-    if origin is typing.Literal:
-        if value not in arguments:
-            raise UserError(f"setting {key} = {shown!r} is none of {', '.join(map(str, arguments))}")
-        return value
-    if origin is tuple:
-        items = value if isinstance(value, list | tuple) else [value]
-        return tuple(_converted(item, arguments[0], key, shown) for item in items)
-    if expected is float and isinstance(value, int | str) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if type(value) is not expected:
-        raise UserError(f"setting {key} = {shown!r} is not of type {expected.__name__}")
-    return value
+    """`value` as a field's type, or a UserError; one item is a list of one, and 1e-4, a word to YAML, is a number."""
+    if typing.get_origin(expected) is tuple and not isinstance(value, list | tuple):
+        value = [value]
+    if expected is float and isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    try:
+        return converted(value, expected, f"setting {key}")
+    except ValueError as error:
+        raise UserError(f"setting {key} = {short(shown)} {error}") from None

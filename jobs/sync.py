@@ -9,6 +9,7 @@ from typing import Any
 from jobs.workspace import RESULT_FILE, Workspace
 from pipeline.disk import write_text
 from pipeline.registry import Registered, registrations, sync
+from pipeline.untrusted import read_json
 
 
 def run(workspace: Workspace, run: str) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def _complete_result(path: Path, registered: Registered) -> None:
     """Fills in what the stage did not know yet when it ended without its server."""
     if not path.exists():
         return
-    result = json.loads(path.read_text())
+    result = read_json(path, str(path))
     late = {"model_uri": registered.uri, "version": registered.version, "aliases": list(registered.aliases)}
     missing = {key: value for key, value in late.items() if key in result and result[key] in (None, [])}
     if missing:

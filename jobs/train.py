@@ -24,10 +24,11 @@ from pipeline import models
 from pipeline.artifact import load_preprocess
 from pipeline.atari import preprocess_for
 from pipeline.disk import write_text
-from pipeline.errors import Terminated, UserError
+from pipeline.errors import Terminated, UserError, reading
 from pipeline.models.latent import ModelSettings
 from pipeline.registry import Resolved, Run, Tracking, check_model_name, register_policy, resolve
 from pipeline.schema import Preprocess
+from pipeline.untrusted import converted, read_json
 from rllib_ext.algorithm import RESULTS_KEY, LatentDQN
 from rllib_ext.checkpoint import find_checkpoint
 from rllib_ext.config import LatentDQNConfig
@@ -286,7 +287,8 @@ class _Session:
         path = self._folder / START_FILE
         if not path.is_file():
             write_text(path, json.dumps({"encoder_sha256s": algorithm.encoder_sha256s()}) + "\n")
-        hashes: dict[str, str] = json.loads(path.read_text())["encoder_sha256s"]
+        with reading(str(path), "restore it or start the run anew"):
+            hashes: dict[str, str] = converted(read_json(path, str(path))["encoder_sha256s"], dict[str, str], "hashes")
         return hashes
 
     def _require_frozen(self, before: Mapping[str, str], after: Mapping[str, str]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.untrusted import read_json, short
 
 HOME_VARIABLE = "LATENTRL_HOME"
 PIPELINE_VARIABLE = "LATENTRL_PIPELINE"
@@ -101,14 +102,17 @@ class Workspace:
         Raises:
             UserError: There is none.
         """
-        for candidate in (Path(run).expanduser().absolute(), self.runs / run):
-            if (candidate / "run.json").is_file():
-                return candidate
+        with contextlib.suppress(OSError, RuntimeError, ValueError):  # of a text that cannot be a path
+            places = [Path(run).expanduser().absolute(), *([self.runs / run] if "/" not in run else [])]
+            for candidate in places:
+                if (candidate / "run.json").is_file():
+                    return candidate
         for record in sorted(self.runs.glob("*/run.json")):
-            if json.loads(record.read_text()).get("run_id") == run:
-                return record.parent
+            with contextlib.suppress(UserError):  # a damaged one is not the one that is looked for
+                if read_json(record, str(record)).get("run_id") == run:
+                    return record.parent
         known = ", ".join(sorted(p.parent.name for p in self.runs.glob("*/run.json"))[-3:]) or "none yet"
-        raise UserError(f"there is no run {run!r} under {self.runs}; the latest ones: {known}")
+        raise UserError(f"there is no run {short(run)} under {self.runs}; the latest ones: {known}")
 
     def _folders(self, name: str) -> list[Path]:
         pattern = re.compile(rf"{re.escape(name)}-\d{{3,}}$")

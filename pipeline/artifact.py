@@ -14,20 +14,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline import bundle, models
 from pipeline.bundle import pack, unpack
-from pipeline.errors import UserError
+from pipeline.errors import UserError, reading
 from pipeline.models.latent import ACTIVE_VARIANCE, LatentModel, ModelConfig, ModelSettings
 from pipeline.schema import Preprocess
+from pipeline.untrusted import from_record, read_json
+from pipeline.weights import load_weights
 
 __all__ = [
     "Encoder",
@@ -51,6 +53,7 @@ CARD_FILE = "README.md"
 
 MIN_SCALE = ACTIVE_VARIANCE**0.5
 ENCODE_BATCH = 256
+MOST_PARAMETERS = 2**29
 
 
 @dataclass(frozen=True)
@@ -107,10 +110,16 @@ class LatentStats:
         return json.dumps(vars(self))
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> LatentStats:
-        """Reads what `to_json` wrote."""
-        record = json.loads(text)
-        return cls(**{name: tuple(record[name]) for name in ("mean", "scale", "active", "kl")})
+    def from_record(cls, record: Mapping[str, Any], what: str) -> LatentStats:
+        """Reads what `to_json` wrote; `what` names it for the message.
+
+        Raises:
+            UserError: Not four lists of one length, or a scale that is not above 0.
+        """
+        stats = from_record(cls, record, what)
+        if len({len(values) for values in vars(stats).values()}) != 1 or not all(scale > 0 for scale in stats.scale):
+            raise UserError(f"{what} does not hold four lists of one length with scales above 0")
+        return stats
 
 
 class Encoder(nn.Module):
@@ -167,6 +176,18 @@ def from_scratch(settings: ModelSettings, preprocess: Preprocess) -> Encoder:
     return Encoder(models.build(config), LatentStats.identity(config.z_dim), preprocess)
 
 
+def require_moderate(config: ModelConfig) -> None:
+    """For the start of a stage: refuses a model that no machine could train, before memory is taken for it.
+
+    Raises:
+        UserError: It has more than 2^29 weights, 2 GiB.
+    """
+    if (count := models.num_parameters(config)) > MOST_PARAMETERS:
+        raise UserError(
+            f"a model of these settings has {count:,} weights, {MOST_PARAMETERS:,} at most can be: {config}"
+        )
+
+
 def save_encoder(
     path: str | Path, model: LatentModel, stats: LatentStats, preprocess: Preprocess, card: dict[str, Any]
 ) -> str:
@@ -213,7 +234,10 @@ def load_encoder(
     own = load_preprocess(path)
     if preprocess is not None:
         own.require_match(preprocess, mine=f"the encoder {path}", theirs="these frames")
-    return Encoder(_read_model(path), load_stats(path), own, sha256).eval()
+    model, stats = _read_model(path), load_stats(path)
+    if (len(stats.mean), model.config.height, model.config.width) != (model.config.z_dim, own.height, own.width):
+        raise UserError(f"the files of the encoder bundle {path} do not fit each other; train it again")
+    return Encoder(model, stats, own, sha256).eval()
 
 
 def load_model(path: str | Path) -> LatentModel:
@@ -228,29 +252,41 @@ def load_model(path: str | Path) -> LatentModel:
 
 def load_preprocess(path: str | Path) -> Preprocess:
     """How the frames of a bundle's encoder were made."""
-    return Preprocess.from_json((Path(path) / PREPROCESS_FILE).read_text())
+    return Preprocess.from_record(_record(path, PREPROCESS_FILE), f"the {PREPROCESS_FILE} of {path}")
 
 
 def load_stats(path: str | Path) -> LatentStats:
     """The statistics of a bundle's latents."""
-    return LatentStats.from_json((Path(path) / STATS_FILE).read_text())
+    return LatentStats.from_record(_record(path, STATS_FILE), f"the {STATS_FILE} of {path}")
 
 
 def load_config(path: str | Path) -> ModelConfig:
     """What a bundle's model was built from."""
-    return models.from_record(json.loads((Path(path) / CONFIG_FILE).read_text()))
+    return model_config(_record(path, CONFIG_FILE), f"the {CONFIG_FILE} of {path}")
+
+
+def model_config(record: Mapping[str, Any], what: str) -> ModelConfig:
+    """What `pipeline.models.to_record` was given; `what` names the record for the message.
+
+    Raises:
+        UserError: An unknown class, unknown or missing keys, or values that no model can have.
+    """
+    fields = dict(record)
+    try:
+        config_class = models.config_class(fields.pop("class", None))
+    except ValueError as error:
+        raise UserError(f"{what}: {error}; it was written by another version of latentrl") from None
+    return from_record(config_class, fields, what)
+
+
+def _record(path: str | Path, name: str) -> dict[str, Any]:
+    return read_json(Path(path) / name, f"the {name} of {path}")
 
 
 def _read_model(path: Path) -> LatentModel:
-    try:
-        model = models.build(load_config(path))
-        model.load_state_dict(load_file(path / WEIGHTS_FILE))
-        return model
-    except (KeyError, ValueError, RuntimeError, OSError, safetensors.SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"the encoder bundle {path} does not fit this version of latentrl ({reason}); train it again"
-        ) from None
+    config = load_config(path)
+    with reading(f"the encoder bundle {path}", "it does not fit this version of latentrl; train it again"):
+        return load_weights(lambda: models.build(config), path / WEIGHTS_FILE)
 
 
 def _model_card(config: ModelConfig, stats: LatentStats, preprocess: Preprocess, card: dict[str, Any]) -> str:

@@ -8,15 +8,18 @@ import hashlib
 import io
 import os
 import shutil
+import stat
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from pipeline.disk import full_disk_told
-from pipeline.errors import UserError
+from pipeline.errors import UserError, reading
+from pipeline.untrusted import read_bytes, require_inside, short
 
 SUMS_FILE = "SHA256SUMS"
+_MOST_SUMS_BYTES = 1 << 20
 _ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 
 
@@ -106,10 +109,12 @@ def verify(path: Path, expect_sha256: str | None = None) -> str:
     """
     sums = _read_sums(path)
     listed = dict(_parse(line, path) for line in sums.decode(errors="replace").splitlines())
-    present = set(_file_names(path))
+    with reading(f"bundle {path}", "fetch it again"):
+        present = set(_file_names(path))
     for name in sorted(listed.keys() | present):
         if name not in listed or name not in present:
-            raise UserError(f"bundle {path}: {name} is {'missing' if name in listed else 'not listed in ' + SUMS_FILE}")
+            what = "missing" if name in listed else f"not listed in {SUMS_FILE}"
+            raise UserError(f"bundle {path}: {name if name.isprintable() else short(name)} is {what}")
         if _hash(path / name) != listed[name]:
             raise UserError(f"bundle {path}: the bytes of {name} have changed; restore it or write the bundle again")
     sha256 = hashlib.sha256(sums).hexdigest()
@@ -135,13 +140,10 @@ def unpack(blob: bytes, directory: Path, expect_sha256: str) -> Path:
     """
     draft = Path(tempfile.mkdtemp(prefix=_draft_prefix(directory), dir=_made(directory.parent)))
     try:
-        with zipfile.ZipFile(io.BytesIO(blob)) as archive:
-            for info in archive.infolist():
-                _place(draft, info.filename).write_bytes(archive.read(info))
-        verify(draft, expect_sha256)
-        os.replace(draft, directory)
-    except (zipfile.BadZipFile, OSError) as error:
-        raise UserError(f"cannot unpack a bundle to {directory} ({error}); send it again") from None
+        with full_disk_told(directory), reading(f"a packed bundle on its way to {directory}", "send it again"):
+            _extract(blob, draft)
+            verify(draft, expect_sha256)
+            os.replace(draft, directory)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return directory
@@ -152,20 +154,28 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def _place(root: Path, name: str) -> Path:
-    """Where a file of an archive goes; its folder is made. Names that lead out of the root are refused."""
-    parts = PurePosixPath(name)
-    if parts.is_absolute() or ".." in parts.parts or "\\" in name or not parts.parts:
-        raise UserError(f"a packed bundle holds the file name {name!r}, which leads elsewhere; do not trust its sender")
-    target = root.joinpath(*parts.parts)
-    _made(target.parent)
-    return target
+def _extract(blob: bytes, root: Path) -> None:
+    """Writes the files of an archive; names that lead out of the root are refused, and whatever `pack` never makes."""
+    with zipfile.ZipFile(io.BytesIO(blob)) as archive:
+        for info in archive.infolist():
+            if info.compress_type != zipfile.ZIP_STORED or info.file_size > len(blob):
+                raise ValueError(f"{short(info.filename)} is compressed, or larger than the archive")
+            target = root / require_inside(info.filename, "a packed bundle")
+            _made(target.parent)
+            target.write_bytes(archive.read(info))
 
 
 def _file_names(root: Path) -> list[str]:
-    """All files but the top SHA256SUMS, as sorted POSIX paths relative to the root."""
-    files = (file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file())
-    return sorted(name for name in files if name != SUMS_FILE)
+    """All files but the top SHA256SUMS, as sorted POSIX paths relative to the root.
+
+    Raises:
+        UserError: Something in it is neither a plain file nor a folder: a link leads out of what the hash names.
+    """
+    entries = {entry.relative_to(root).as_posix(): entry.lstat().st_mode for entry in root.rglob("*")}
+    for name, mode in sorted(entries.items()):
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise UserError(f"bundle {root}: {short(name)} is neither a file nor a folder; do not trust its maker")
+    return sorted(name for name, mode in entries.items() if stat.S_ISREG(mode) and name != SUMS_FILE)
 
 
 def _hash(file: Path) -> str:
@@ -189,15 +199,14 @@ def _is_same_file(one: Path, other: Path) -> bool:
 
 
 def _read_sums(path: Path) -> bytes:
-    try:
-        return (path / SUMS_FILE).read_bytes()
-    except OSError:
+    if not (path / SUMS_FILE).is_file():
         what = "is not a bundle (no SHA256SUMS)" if path.is_dir() else "does not exist"
-        raise UserError(f"{path} {what}; name the folder of an encoder or a policy") from None
+        raise UserError(f"{path} {what}; name the folder of an encoder or a policy")
+    return read_bytes(path / SUMS_FILE, f"the {SUMS_FILE} of {path}", _MOST_SUMS_BYTES)
 
 
 def _parse(line: str, path: Path) -> tuple[str, str]:
     digest, separator, name = line.partition("  ")
     if not separator or len(digest) != 64:
-        raise UserError(f"bundle {path}: a line of {SUMS_FILE} reads {line!r}; restore it or write the bundle again")
+        raise UserError(f"bundle {path}: a line of {SUMS_FILE} is {short(line)}; restore it or write the bundle again")
     return name, digest

@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pyarrow.fs as pafs
 import ray.train
+import torch
 from safetensors.torch import load_file, save_file
-from torch import nn, optim
+from torch import Tensor, nn, optim
 
 from pipeline import bundle
-from pipeline.errors import UserError
+from pipeline.errors import UserError, reading
+from pipeline.untrusted import from_record, read_json, short
+from pipeline.weights import require_same_form
 
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 PROGRESS_FILE = "progress.json"
 _PREFIX = "step-"
+_NAME = re.compile(rf"{_PREFIX}\d{{9}}")
 
 log = logging.getLogger(__name__)
 
@@ -69,16 +74,34 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: optim.Optimizer) 
     """Puts a saved state into a model and an optimizer of the same configuration.
 
     Raises:
-        UserError: The folder is not whole.
+        UserError: The folder is not whole, or what it holds does not fit.
     """
     bundle.verify(folder)
-    model.load_state_dict(load_file(folder / MODEL_FILE))
-    record = optimizer.state_dict()
-    for name, tensor in load_file(folder / OPTIMIZER_FILE).items():
-        index, _, key = name.partition("/")
-        record["state"].setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict(record)
-    return Progress(**json.loads((folder / PROGRESS_FILE).read_text()))
+    with reading(f"the checkpoint {folder}", "remove that folder to go on from an earlier one, or start anew"):
+        weights, moments = load_file(folder / MODEL_FILE), load_file(folder / OPTIMIZER_FILE)
+        require_same_form(weights, model.state_dict())
+        held = read_json(folder / PROGRESS_FILE, PROGRESS_FILE)
+        progress = from_record(Progress, held, PROGRESS_FILE, may_lack="batch")
+        record = optimizer.state_dict()
+        for name, tensor in moments.items():
+            index, _, key = name.partition("/")
+            record["state"].setdefault(int(index), {})[key] = tensor
+        _require_moments(record["state"], model)
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(record)
+        return progress
+
+
+def _require_moments(state: dict[int, dict[str, Tensor]], model: nn.Module) -> None:
+    """Adam's fused update reads them by the parameters' sizes, without a look at their own."""
+    parameters = list(model.parameters())
+    if state.keys() != set(range(len(parameters))):
+        raise ValueError(f"there are moments of {len(state)} parameters, and {len(parameters)} parameters")
+    for index, parameter in enumerate(parameters):
+        forms = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in state[index].items()}
+        moment = (torch.float32, tuple(parameter.shape))
+        if forms != {"step": (torch.float32, ()), "exp_avg": moment, "exp_avg_sq": moment}:
+            raise ValueError(f"the moments of parameter {index} are {short(forms)}, not two of {moment}")
 
 
 def newest_sound(filesystem: pafs.FileSystem, training: str) -> ray.train.Checkpoint | None:
@@ -109,7 +132,8 @@ def keep_only(filesystem: pafs.FileSystem, training: str, kept: ray.train.Checkp
 
 def _newest_first(filesystem: pafs.FileSystem, training: str) -> list[str]:
     entries = filesystem.get_file_info(pafs.FileSelector(training, allow_not_found=True))
-    return sorted((entry.path for entry in entries if entry.base_name.startswith(_PREFIX)), reverse=True)
+    folders = (entry for entry in entries if entry.type == pafs.FileType.Directory)
+    return sorted((entry.path for entry in folders if _NAME.fullmatch(entry.base_name)), reverse=True)
 
 
 def _is_sound(filesystem: pafs.FileSystem, path: str) -> bool:

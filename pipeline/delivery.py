@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -17,6 +18,7 @@ import numpy.typing as npt
 from pipeline.journal import Body, Operation
 from pipeline.outbox import Refused, Unreachable
 from pipeline.server import Address, connect, prepare, translated
+from pipeline.untrusted import short
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -27,6 +29,19 @@ BATCHED = frozenset({"metrics", "param", "tag"})
 SLOW = frozenset({"file", "folder", "register"})
 
 SERVED_WITH = ("mlflow", "torch", "numpy", "safetensors")
+_PAIR: dict[str, type] = {"key": str, "value": str}
+_PATH: dict[str, type] = {"path": str, "directory": str}
+_FIELDS: dict[str, dict[str, type]] = {
+    "metrics": {"step": int, "values": dict},
+    "param": _PAIR,
+    "tag": _PAIR,
+    "file": _PATH,
+    "folder": _PATH,
+    "dataset": {"uri": str, "name": str, "digest": str, "context": str},
+    "model_input": {"name": str, "version": str},
+    "register": {"name": str, "path": str, "tags": dict, "promote": bool},
+    "status": {"status": str},
+}
 MAX_PARAM_CHARS = 6000
 MAX_TAG_CHARS = 5000
 MAX_DATASET_DIGEST_CHARS = 36
@@ -46,10 +61,11 @@ class Delivery:
         address: Server or sqlite file of the run.
         experiment_id: The run's experiment.
         run_id: The run.
+        folder: The run's own; nothing outside of it is ever sent or removed, whatever the journal says.
     """
 
-    def __init__(self, address: Address, experiment_id: str, run_id: str) -> None:
-        self.address, self.experiment_id, self.run_id = address, experiment_id, run_id
+    def __init__(self, address: Address, experiment_id: str, run_id: str, folder: Path) -> None:
+        self.address, self.experiment_id, self.run_id, self.folder = address, experiment_id, run_id, folder
         self._known_client: MlflowClient | None = None
         self._deliver_one: dict[str, Callable[[Operation], Body | None]] = {
             "file": self._file,
@@ -67,6 +83,8 @@ class Delivery:
             Unreachable: The server is away, busy or does not know the run.
             Refused: The server will never take this.
         """
+        for operation in operations:
+            _require_whole(operation)
         try:
             with translated(self.address):
                 if operations[0].kind in BATCHED:
@@ -100,12 +118,21 @@ class Delivery:
         self._client.log_batch(self.run_id, metrics=metrics, params=params, tags=tags)
 
     def _file(self, operation: Operation) -> None:
-        path = _existing(operation.body["path"])
+        path = self._own(operation.body["path"])
         self._client.log_artifact(self.run_id, str(path), operation.body["directory"] or None)
 
     def _folder(self, operation: Operation) -> None:
-        path = _existing(operation.body["path"])
+        path = self._own(operation.body["path"])
         self._client.log_artifacts(self.run_id, str(path), operation.body["directory"] or None)
+
+    def _own(self, path: str, *, is_there: bool = True) -> Path:
+        """A path of the journal, which must lie in the run's folder, links followed."""
+        own, asked = self.folder.resolve(), Path(path).resolve()
+        if own not in asked.parents:
+            raise Refused(f"{path} lies outside of the run's folder {self.folder}")
+        if is_there and not os.access(asked, os.R_OK):
+            raise Refused(f"{path} is no longer there, or not readable")
+        return asked
 
     def _dataset(self, operation: Operation) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -143,7 +170,7 @@ class Delivery:
         mark = f"{self.run_id}:{operation.seq}"
         version = self._version_made_by(mark) or self._make_version(body, mark)
         aliases = self._move_aliases(version, promote=body["promote"])
-        shutil.rmtree(body["path"], ignore_errors=True)
+        shutil.rmtree(self._own(body["path"], is_there=False), ignore_errors=True)
         return {
             "name": version.name,
             "version": str(version.version),
@@ -179,7 +206,7 @@ class Delivery:
             kind = body["tags"][KIND_TAG]
             tags = {**body["tags"], OPERATION_TAG: mark}
             model = self._client.create_logged_model(self.experiment_id, kind, self.run_id, tags, model_type=kind)
-        self._client.log_model_artifacts(model.model_id, str(_existing(body["path"])))
+        self._client.log_model_artifacts(model.model_id, str(self._own(body["path"])))
         return self._client.finalize_logged_model(model.model_id, "READY")
 
     def _move_aliases(self, version: ModelVersion, *, promote: bool) -> list[str]:
@@ -216,13 +243,19 @@ def beats(candidate: Mapping[str, str], champion: Mapping[str, str] | None) -> b
     Returns:
         False when either figure was not measured on held-out episodes: they cannot be compared.
     """
-    if candidate["has_heldout"] != "true":
+    mine, theirs = _heldout_bits(candidate), _heldout_bits(champion or {})
+    if mine is None:
         return False
-    if champion is None:
-        return True
-    if champion.get("has_heldout") != "true":
-        return False
-    return float(candidate["bits_per_dim"]) < float(champion["bits_per_dim"])
+    return champion is None or (theirs is not None and mine < theirs)
+
+
+def _heldout_bits(tags: Mapping[str, str]) -> float | None:
+    """Held-out bits/dim by a version's tags, which anyone who may write to the server can set; None without."""
+    try:
+        bits = float(tags["bits_per_dim"]) if tags.get("has_heldout") == "true" else math.nan
+    except (KeyError, ValueError):
+        return None
+    return bits if math.isfinite(bits) else None
 
 
 def is_collapsed(tags: Mapping[str, str]) -> bool:
@@ -236,10 +269,16 @@ def logged_model_id(version: ModelVersion) -> str | None:
     return source.removeprefix("models:/") if source.startswith("models:/m-") else None
 
 
-def _existing(path: str) -> Path:
-    if not os.access(path, os.R_OK):
-        raise Refused(f"{path} is no longer there, or not readable")
-    return Path(path)
+def _require_whole(operation: Operation) -> None:
+    """Refuses an entry that latentrl does not write: a journal may have come with a folder of someone else."""
+    body, fields = operation.body, _FIELDS.get(operation.kind)
+    if fields is None or any(type(body.get(name)) is not kind for name, kind in fields.items()):
+        raise Refused(f"entry {operation.seq} ({short(operation.kind)}) is not as latentrl writes them")
+    if type(body.get("facts", {})) is not dict:
+        raise Refused(f"entry {operation.seq} holds facts of a dataset that are none")
+    values = body.get("values", {})
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values.values()):
+        raise Refused(f"entry {operation.seq} holds values that are no numbers")
 
 
 def save_served_encoder(staged: Path, bundle: Path, example: npt.NDArray[np.uint8], z_dim: int, run_id: str) -> None:

@@ -26,12 +26,13 @@ from numpy.typing import NDArray
 
 from pipeline import artifact
 from pipeline.artifact import Encoder
-from pipeline.errors import UserError
+from pipeline.errors import UserError, reading
 from pipeline.order import RowRange
 from pipeline.schema import MANIFEST_FILE
 from pipeline.source import Place, read_rows
-from pipeline.storage import hash_file, locate, reason, shown, write_atomically, writing_told
+from pipeline.storage import hash_file, locate, read_small, reason, shown, write_atomically, writing_told
 from pipeline.store import FileEntry, FramesDataset, clear
+from pipeline.untrusted import parse_object, short
 
 LATENTS_VERSION = 1
 PLAN_FILE = "meta/plan.json"
@@ -147,22 +148,21 @@ def _is_begun(filesystem: pafs.FileSystem, root: str, out: str, plan: dict[str, 
         raise UserError(f"{shown(out)} exists; add --overwrite or name another folder")
     if found != plan:
         both = "; ".join(
-            f"{key}: there {found.get(key)!r}, now {plan[key]!r}" for key in plan if found.get(key) != plan[key]
+            f"{key}: there {short(found.get(key))}, now {plan[key]!r}" for key in plan if found.get(key) != plan[key]
         )
         raise UserError(f"{shown(out)} was begun with something else ({both}); add --overwrite or name another folder")
     return True
 
 
-def _read_json(filesystem: pafs.FileSystem, path: str) -> Any:
+def _read_json(filesystem: pafs.FileSystem, path: str) -> dict[str, Any] | None:
     if filesystem.get_file_info(path).type != pafs.FileType.File:
         return None
-    with filesystem.open_input_stream(path) as stream:
-        return json.loads(stream.read())
+    return parse_object(read_small(filesystem, path), path)
 
 
 def _entry(filesystem: pafs.FileSystem, root: str, part: Part) -> FileEntry:
     path = f"{root}/{part.name}"
-    with filesystem.open_input_file(path) as source:
+    with reading(f"{part.name} of the latents", "remove it and run again"), filesystem.open_input_file(path) as source:
         rows = pq.ParquetFile(source).metadata.num_rows
     return FileEntry(part.name, rows, filesystem.get_file_info(path).size, hash_file(filesystem, path))
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -44,3 +47,32 @@ class Terminated(SystemExit):
 
     def __str__(self) -> str:
         return self.line
+
+
+@contextlib.contextmanager
+def reading(what: str, advice: str) -> Iterator[None]:
+    """Around the reading of what another person may have made: whatever goes wrong in there is the file's fault.
+
+    Args:
+        what: Is read, for the message ("the encoder bundle enc").
+        advice: What to do about it.
+
+    Raises:
+        UserError: In place of any other exception, which stays its cause; a full disk is no fault of the file.
+    """
+    try:
+        yield
+    except (UserError, TrackingPending):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
+        raise UserError(f"{what} cannot be read ({reason(error)}); {advice}") from error
+
+
+def reason(error: BaseException) -> str:
+    """An error in one short line, its kind named where its text alone says little."""
+    text = " ".join(str(error).split())
+    kind = type(error).__name__
+    line = text if len(text.split()) > 2 else f"{kind}: {text}" if text else kind
+    return line if len(line) <= 300 else line[:297] + "..."

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import UserError
+from pipeline.untrusted import converted, parse_object, read_bytes, read_json, require_plain_file
+
 JOURNAL_FILE = "outbox.jsonl"
 DONE_FILE = "outbox.done"
 
@@ -22,6 +25,7 @@ MAX_READ_BYTES = 500_000
 log = logging.getLogger(__name__)
 
 Body = dict[str, Any]
+_FIELDS: dict[str, Any] = {"seq": int, "time_ms": int, "kind": str, "body": Body}
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,9 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._lock = threading.Lock()
+        for name in (JOURNAL_FILE, DONE_FILE):
+            if (folder / name).exists():
+                require_plain_file(folder / name, f"{name} of run {folder.name}")
         self.done_seq, self._done_offset = self._read_done()
         self._fd = os.open(folder / JOURNAL_FILE, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         self._end = self._repair_tail()
@@ -120,11 +127,14 @@ class Journal:
 
     def _read_done(self) -> tuple[int, int]:
         try:
-            record = json.loads((self.folder / DONE_FILE).read_text())
-            return int(record["seq"]), int(record["offset"])
-        except FileNotFoundError:
-            return 0, 0
-        except (ValueError, KeyError, TypeError):
+            if not (self.folder / DONE_FILE).exists():
+                return 0, 0
+            record = read_json(self.folder / DONE_FILE, DONE_FILE)
+            seq, offset = (converted(record[name], int, name) for name in ("seq", "offset"))
+            if min(seq, offset) < 0:
+                raise ValueError(f"{DONE_FILE} counts below 0")
+            return seq, offset
+        except (UserError, ValueError, KeyError):
             log.warning("%s is unreadable; the journal is delivered again from its start", self.folder / DONE_FILE)
             return 0, 0
 
@@ -155,9 +165,10 @@ class Journal:
                 if not line.endswith(b"\n") or (end is not None and offset > end):
                     return
                 try:
-                    record = json.loads(line)
-                    operation = Operation(record["seq"], record["time_ms"], record["kind"], record["body"], offset)
-                except (ValueError, KeyError, TypeError):
+                    record = parse_object(line, JOURNAL_FILE)
+                    fields = {name: converted(record[name], kind, name) for name, kind in _FIELDS.items()}
+                    operation = Operation(**fields, end=offset)
+                except (UserError, ValueError, KeyError):
                     log.warning("%s has a damaged line before byte %d; skipped", self.folder / JOURNAL_FILE, offset)
                     continue
                 yield operation
@@ -166,8 +177,8 @@ class Journal:
 def num_undelivered(folder: Path) -> int:
     """Operations of a folder's journal that have not been dealt with, by looking only; all where that is unclear."""
     try:
-        offset = int(json.loads((folder / DONE_FILE).read_text())["offset"])
-    except (OSError, ValueError, KeyError, TypeError):
+        offset = max(0, converted(read_json(folder / DONE_FILE, DONE_FILE)["offset"], int, DONE_FILE))
+    except (UserError, ValueError, KeyError):
         offset = 0
     path = folder / JOURNAL_FILE
     if not path.is_file():
@@ -192,7 +203,7 @@ def read_lines(path: Path) -> list[Body]:
     if not path.exists():
         return []
     records = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
+    for line in read_bytes(path, path.name).split(b"\n"):
+        with contextlib.suppress(UserError):
+            records.append(parse_object(line, path.name))
     return records

@@ -161,7 +161,7 @@ class Outbox:
 
     def refusal(self, seq: int) -> str | None:
         """Why the server refused operation `seq`; None when it did not."""
-        return next((r["reason"] for r in read_lines(self.folder / REFUSED_FILE) if r["seq"] == seq), None)
+        return next((r.get("reason", "") for r in read_lines(self.folder / REFUSED_FILE) if r.get("seq") == seq), None)
 
     def close(self, patience_s: float) -> int:
         """Waits for delivery (see `wait`), stops the thread and frees the folder.
@@ -292,7 +292,8 @@ class Outbox:
 
 def read_results(folder: Path) -> list[tuple[int, Body]]:
     """What the server has answered to this folder's operations: (sequence number, answer) in order."""
-    return [(record["seq"], record["result"]) for record in read_lines(folder / RESULTS_FILE)]
+    lines = [(record.get("seq"), record.get("result")) for record in read_lines(folder / RESULTS_FILE)]
+    return [(seq, answer) for seq, answer in lines if isinstance(seq, int) and isinstance(answer, dict)]
 
 
 @contextlib.contextmanager

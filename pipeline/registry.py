@@ -36,6 +36,7 @@ from pipeline.tracking import (
     pending_message,
     tagged,
 )
+from pipeline.untrusted import from_record
 
 __all__ = [
     "Registered",
@@ -232,7 +233,7 @@ def _register(run: Run, name: str, staged: Path, tags: dict[str, str], *, promot
 
 
 def _registered(answer: Body) -> Registered:
-    return Registered(**{**answer, "aliases": tuple(answer["aliases"])})
+    return from_record(Registered, answer, "the server's answer in the journal")
 
 
 def _staging_folder(run: Run) -> Path:

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pipeline import bundle, server
+from pipeline import bundle, server, trust
 from pipeline.delivery import BUNDLE_DIRECTORY, LATEST, SHA256_TAG, is_collapsed
 from pipeline.errors import UserError
 from pipeline.outbox import Refused, Unreachable
-from pipeline.server import Address
+from pipeline.server import Address, mask
+from pipeline.untrusted import require_inside, short
 
 if TYPE_CHECKING:
     from pipeline.server import MlflowClient, ModelVersion
@@ -78,16 +79,24 @@ def resolve(address: str, tracking_uri: str, cache: Path) -> Resolved:
 
 def _resolve_folder(address: str) -> Resolved:
     path = Path(address).absolute()
-    if "://" in address or not path.is_dir():
+    if "://" in address or not _is_folder(path):
         raise UserError(
-            f"{address!r} is neither a folder nor an address; give models:/NAME@alias, models:/NAME/3, "
+            f"{short(mask(address))} is neither a folder nor an address; give models:/NAME@alias, models:/NAME/3, "
             "runs:/RUN_ID/path or a bundle's folder"
         )
     return Resolved(path, address, None, None, bundle.verify(path), kind_of(path, address))
 
 
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # of a name too long to be one
+        return False
+
+
 def _resolve_version(address: str, client: MlflowClient, where: Address, cache: Path) -> Resolved:
     version = find_version(address, client, where)
+    trust.require_own_store(_store(str(version.source), client, where), where)
     uri = f"models:/{version.name}/{version.version}"
     path, sha256 = _fetch(f"{uri}/{BUNDLE_DIRECTORY}", uri, where, cache)
     recorded = version.tags.get(SHA256_TAG)
@@ -99,9 +108,11 @@ def _resolve_version(address: str, client: MlflowClient, where: Address, cache: 
 def _resolve_artifact(address: str, client: MlflowClient, where: Address, cache: Path) -> Resolved:
     match = re.fullmatch(r"runs:/+([0-9a-zA-Z]+)/(.+?)/*", address)
     if match is None:
-        raise UserError(f"{address!r} is malformed; give runs:/RUN_ID/path")
+        raise UserError(f"{short(address)} is malformed; give runs:/RUN_ID/path")
     run_id, inside = match.groups()
+    require_inside(inside, "the address")
     try:
+        trust.require_own_store(server.ask(where, lambda: client.get_run(run_id)).info.artifact_uri, where)
         found = server.ask(where, lambda: [file.path for file in client.list_artifacts(run_id)])
     except Refused:
         raise UserError(f"there is no run {run_id!r} at {where.uri}; look it up in the UI") from None
@@ -109,6 +120,22 @@ def _resolve_artifact(address: str, client: MlflowClient, where: Address, cache:
         raise UserError(f"run {run_id} has no artifact {inside!r}; it has {_listed(found)}")
     path, sha256 = _fetch(f"runs:/{run_id}/{inside}", address, where, cache)
     return Resolved(path, address, f"runs:/{run_id}/{inside}", None, sha256, kind_of(path, address))
+
+
+def _store(source: str, client: MlflowClient, where: Address, depth: int = 0) -> str:
+    """Where the files of a version really lie, behind the addresses that its source may name in turn."""
+    kind, _, rest = source.partition(":/")
+    head, _, tail = rest.lstrip("/").partition("/")
+    if kind == "runs":
+        return str(server.ask(where, lambda: client.get_run(head)).info.artifact_uri)
+    if kind != "models":
+        return source
+    if not tail:
+        return str(server.ask(where, lambda: client.get_logged_model(head)).artifact_location)
+    if depth > 9:
+        raise UserError(f"the source {short(source)} of a version goes round in circles")
+    version = server.ask(where, lambda: client.get_model_version(head, tail))
+    return _store(str(version.source), client, where, depth + 1)
 
 
 def find_version(address: str, client: MlflowClient, where: Address) -> ModelVersion:
@@ -119,8 +146,9 @@ def find_version(address: str, client: MlflowClient, where: Address) -> ModelVer
     """
     match = re.fullmatch(r"models:/+([^/@]+)(?:@([^/@]+)|/(\d+))", address)
     if match is None:
-        raise UserError(f"{address!r} is malformed; give models:/NAME@alias or models:/NAME/3")
+        raise UserError(f"{short(address)} is malformed; give models:/NAME@alias or models:/NAME/3")
     name, alias, number = match.groups()
+    require_inside(name, "the address")
     try:
         model = server.ask(where, lambda: client.get_registered_model(name))
     except Refused:

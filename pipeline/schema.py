@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.errors import UserError
+from pipeline.untrusted import from_record, short
 
 SCHEMA_VERSION = 1
 RAM_BYTES = 128
@@ -19,6 +21,16 @@ VERSION_KEY = b"latentrl.schema_version"
 SHAPE_KEY = b"latentrl.shape"
 DTYPE_KEY = b"latentrl.dtype"
 PREPROCESS_KEY = b"latentrl.preprocess"
+
+MAX_ACTIONS = 18
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_RANGES = {
+    "frame_skip": (1, 60),
+    "sticky_probability": (0, 1),
+    "height": (1, 1024),
+    "width": (1, 1024),
+    "noop_max": (0, 1000),
+}
 
 EPISODES_FILE = "meta/episodes.parquet"
 MANIFEST_FILE = "meta/manifest.json"
@@ -59,6 +71,20 @@ class Preprocess:
     noop_max: int
     fire_reset: bool
 
+    def __post_init__(self) -> None:
+        """Refuses what no environment can be: records come with bundles and datasets of other people.
+
+        Raises:
+            ValueError: Names the field and its value.
+        """
+        for name, (least, greatest) in _RANGES.items():
+            if not least <= getattr(self, name) <= greatest:
+                raise ValueError(f"{name} is {short(getattr(self, name))}; it must lie from {least} to {greatest}")
+        if not (_NAME.fullmatch(self.game) and _NAME.fullmatch(self.protocol)):
+            raise ValueError(f"game {short(self.game)} or protocol {short(self.protocol)} is no name")
+        if not 1 <= len(self.action_set) <= MAX_ACTIONS:
+            raise ValueError(f"action_set has {len(self.action_set)} names; it must have 1 to {MAX_ACTIONS}")
+
     @property
     def frame_bytes(self) -> int:
         """Bytes of one frame: height x width, one grey byte a pixel."""
@@ -69,19 +95,13 @@ class Preprocess:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> Preprocess:
-        """Reads what `to_json` wrote.
+    def from_record(cls, record: Any, what: str) -> Preprocess:
+        """Reads what `to_json` wrote, parsed; `what` names it for the message.
 
         Raises:
-            UserError: Not a JSON object with exactly these keys and types.
+            UserError: Not an object with exactly these keys, types and ranges.
         """
-        try:
-            record = json.loads(text)
-        except ValueError as error:
-            raise UserError(f"the preprocess record is not JSON ({error}); it was not written by latentrl") from None
-        if not isinstance(record, dict):
-            raise UserError(f"the preprocess record is a {type(record).__name__}, not an object")
-        return cls(**{field.name: _typed(record, field) for field in _checked_fields(cls, record)})
+        return from_record(cls, record, what)
 
     def require_match(self, other: Preprocess, *, mine: str, theirs: str) -> None:
         """Refuses to combine what was made from differently prepared frames.
@@ -99,27 +119,6 @@ class Preprocess:
         if differing:
             both = "; ".join(f"{n}: {mine} has {getattr(self, n)!r}, {theirs} {getattr(other, n)!r}" for n in differing)
             raise UserError(f"{mine} and {theirs} prepare frames differently ({both}); use matching ones")
-
-
-def _checked_fields(cls: type[Preprocess], record: dict[str, Any]) -> tuple[dataclasses.Field[Any], ...]:
-    fields = dataclasses.fields(cls)
-    names = {f.name for f in fields}
-    if set(record) != names:
-        wrong = sorted(set(record) ^ names)
-        raise UserError(f"the preprocess record has unknown or missing keys {wrong}; it needs {sorted(names)}")
-    return fields
-
-
-def _typed(record: dict[str, Any], field: dataclasses.Field[Any]) -> Any:
-    value = record[field.name]
-    if field.name == "action_set":
-        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-            raise UserError(f"the preprocess record's action_set is {value!r}, not a list of action names")
-        return tuple(value)
-    expected: tuple[type, ...] = {"str": (str,), "int": (int,), "bool": (bool,), "float": (float, int)}[str(field.type)]
-    if not isinstance(value, expected) or (field.type == "int" and isinstance(value, bool)):
-        raise UserError(f"the preprocess record's {field.name} is {value!r}, not a {field.type}")
-    return value
 
 
 def frames_schema(preprocess: Preprocess, *, with_ram: bool) -> pa.Schema:

@@ -61,6 +61,9 @@ FINAL_CODES = frozenset(
     }
 )
 
+# Some of them are there from the first moment on: the first that are made, and what every version has.
+MLFLOW_TABLES = frozenset({"alembic_version", "experiments", "budget_policies", "entity_associations"})
+
 CREDENTIALS = re.compile(r"(://)\S*@")
 QUERY = re.compile(r"(://[^\s?]*\?)\S*")
 
@@ -139,6 +142,11 @@ class Address:
 def mask(text: str) -> str:
     """The text without what may be secret in an address: user, password, query."""
     return QUERY.sub(r"\1***", CREDENTIALS.sub(r"\1***@", text))
+
+
+def without_passwords(text: str) -> str:
+    """The text without users and passwords in addresses; what else an address holds stays."""
+    return CREDENTIALS.sub(r"\1***@", text)
 
 
 def prepare() -> None:
@@ -338,11 +346,14 @@ def _check_database(database: Path, *, may_create: bool) -> None:
         database.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.closing(sqlite3.connect(database, timeout=DATABASE_LOCK_WAIT_S)) as connection:
             connection.execute("BEGIN IMMEDIATE")
+            names = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
             connection.rollback()
     except (OSError, sqlite3.Error) as error:
         raise UserError(
             f"tracking database {database} cannot be used ({error}); give a writable sqlite:////path/mlflow.db"
         ) from None
+    if names and not names & MLFLOW_TABLES:
+        raise UserError(f"{database} is another program's database, not MLflow's; give sqlite:////path/mlflow.db")
 
 
 def _name(address: Address) -> str:

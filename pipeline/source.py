@@ -27,11 +27,12 @@ class Place:
     filesystem: pafs.FileSystem
     root: str
     uri: str
+    schema: pa.Schema
 
     @classmethod
     def of(cls, dataset: FramesDataset) -> Place:
         """The place of an opened dataset."""
-        return cls(dataset.filesystem, dataset.root, dataset.uri)
+        return cls(dataset.filesystem, dataset.root, dataset.uri, dataset.schema)
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,24 @@ def read_rows(place: Place, rows: RowRange, columns: Sequence[str]) -> pa.Table:
     """
     try:
         with place.filesystem.open_input_file(f"{place.root}/{rows.file}") as source:
-            return _slice(pq.ParquetFile(source, page_checksum_verification=True), rows, columns)
-    except (pa.ArrowException, OSError) as error:
+            parquet = pq.ParquetFile(source, page_checksum_verification=True)
+            _require_types(parquet.schema_arrow, place.schema, columns)
+            return _slice(parquet, rows, columns)
+    except Exception as error:  # whatever a hostile file makes Arrow's parts raise
         raise UserError(
             f"{rows.file} of dataset {place.uri} is damaged or unreadable ({reason(error)}); "
             f"`latentrl data check {place.uri}` names every bad file"
         ) from None
+
+
+def _require_types(held: pa.Schema, wanted: pa.Schema, columns: Sequence[str]) -> None:
+    """Refuses other types before a value is asked for: a column of Ray's type for Python objects unpickles then.
+
+    The stages have compared the schema before, but a store may have been given another file since.
+    """
+    for name in columns:
+        if held.field(name).type != wanted.field(name).type:
+            raise pa.ArrowInvalid(f"column {name} has type {held.field(name).type}, not {wanted.field(name).type}")
 
 
 def _slice(parquet: pq.ParquetFile, rows: RowRange, columns: Sequence[str]) -> pa.Table:

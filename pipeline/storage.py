@@ -18,6 +18,7 @@ import pyarrow.fs as pafs
 
 from pipeline.errors import UserError
 from pipeline.server import CREDENTIALS
+from pipeline.untrusted import MAX_RECORD_BYTES
 
 CONNECT_WITHIN_S = 5.0
 ANSWER_WITHIN_S = 4.0
@@ -47,6 +48,8 @@ def locate(address: str) -> tuple[pafs.FileSystem, str]:
     Raises:
         UserError: Not an address that pyarrow understands, or one without a bucket.
     """
+    if "\0" in address or ("://" in address and ".." in address.partition("?")[0].split("/")):
+        raise UserError(f"cannot use {shown(address)!r} as a place for data (it holds '..' or a NUL)")
     if "://" not in address:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(address)).rstrip("/")
     try:
@@ -134,6 +137,19 @@ def not_shared(address: str, what: str) -> UserError:
         f"{shown(address)} is not the same folder on all nodes ({what}); name one that every node sees, or for data "
         "s3://BUCKET/PATH"
     )
+
+
+def read_small(filesystem: pafs.FileSystem, path: str) -> bytes:
+    """A small file as a whole; opening a pipe or a device could wait for ever.
+
+    Raises:
+        OSError: There is no such file, or it is something else, or too large to be what it should be.
+    """
+    info = filesystem.get_file_info(path)
+    if info.type != pafs.FileType.File or info.size > MAX_RECORD_BYTES:
+        raise OSError(f"{path} is no plain file of at most {MAX_RECORD_BYTES} bytes")
+    with filesystem.open_input_stream(path) as stream:
+        return bytes(stream.read())
 
 
 def write_atomically(filesystem: pafs.FileSystem, path: str, content: bytes) -> None:

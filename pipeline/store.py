@@ -9,21 +9,23 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from pipeline.errors import UserError
+from pipeline.episodes import require_within, row_problems
+from pipeline.errors import UserError, reading
 from pipeline.schema import EPISODES_FILE, EPISODES_SCHEMA, MANIFEST_FILE, SCHEMA_VERSION, Preprocess, frames_schema
-from pipeline.storage import hash_file, locate, not_shared, reason, require_bucket, shown, write_atomically
+from pipeline.storage import hash_file, locate, not_shared, read_small, reason, require_bucket, shown, write_atomically
+from pipeline.untrusted import converted, parse_object, require_inside, short
 
 VALIDATION_SHARE = 0.1
+_MOST_EPISODES = 10**7
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,16 @@ class FileEntry:
     rows: int
     bytes: int
     sha256: str
+
+    def __post_init__(self) -> None:
+        """Refuses counts below 0 and names that lead out of the dataset.
+
+        Raises:
+            ValueError, UserError: Names the value.
+        """
+        require_inside(self.name, "the manifest")
+        if not (0 <= self.rows < 2**48 and 0 <= self.bytes < 2**60):
+            raise ValueError(f"{self.name} has {self.rows} rows in {self.bytes} bytes")
 
 
 def dataset_digest(files: tuple[FileEntry, ...]) -> str:
@@ -94,38 +106,39 @@ class FramesDataset:
         """
         filesystem, root = locate(uri)
         manifest = _read_manifest(filesystem, root, shown(uri))
-        try:
-            files = tuple(FileEntry(**entry) for entry in manifest["files"])
+        what = f"the manifest of dataset {shown(uri)}"
+        with reading(what, "collect the dataset again"):
             return cls(
                 uri=shown(uri),
                 filesystem=filesystem,
                 root=root,
-                preprocess=Preprocess.from_json(json.dumps(manifest["preprocess"])),
-                files=files,
-                digest=str(manifest["digest"]),
-                episodes_sha256=str(manifest["episodes_sha256"]),
-                has_ram=bool(manifest["has_ram"]),
-                num_frames=int(manifest["frames"]),
-                num_episodes=int(manifest["episodes"]),
-                collection=dict(manifest["collection"]),
+                preprocess=Preprocess.from_record(manifest["preprocess"], what),
+                files=converted(manifest["files"], tuple[FileEntry, ...], what),
+                digest=_sha256(manifest, "digest"),
+                episodes_sha256=_sha256(manifest, "episodes_sha256"),
+                has_ram=converted(manifest["has_ram"], bool, what),
+                num_frames=_count(manifest, "frames"),
+                num_episodes=_count(manifest, "episodes"),
+                collection=converted(manifest["collection"], dict[str, Any], what),
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"the manifest of dataset {shown(uri)} is damaged ({error!r}); collect the dataset again"
-            ) from None
 
     @functools.cached_property
     def episodes(self) -> pa.Table:
         """One row an episode: episode_id, file, first_row, length (rows), return, seed, split."""
         path = f"{self.root}/{EPISODES_FILE}"
         try:
-            with self.filesystem.open_input_stream(path) as source:
-                content = source.read()
+            content = read_small(self.filesystem, path)
         except OSError as error:
             raise UserError(f"cannot read {EPISODES_FILE} of dataset {self.uri} ({reason(error)})") from None
         if hashlib.sha256(content).hexdigest() != self.episodes_sha256:
             raise UserError(f"{EPISODES_FILE} of dataset {self.uri} has changed bytes (sha256 differs)")
-        return pq.read_table(pa.BufferReader(content), schema=EPISODES_SCHEMA)
+        with reading(f"{EPISODES_FILE} of dataset {self.uri}", "collect the dataset again"):
+            table = pq.ParquetFile(pa.BufferReader(content))
+            if table.schema_arrow.remove_metadata() != EPISODES_SCHEMA:
+                raise ValueError(f"it has the columns {short(table.schema_arrow.names)}, or others' types")
+            if table.metadata.num_rows > min(self.num_frames, _MOST_EPISODES):
+                raise ValueError(f"it has {table.metadata.num_rows} rows, more than episodes can be")
+            return require_within(table.read(), {file.name: file.rows for file in self.files})
 
     def facts(self) -> dict[str, Any]:
         """What a run that uses the dataset records of it: where it is, what it holds, who played.
@@ -194,13 +207,13 @@ class FramesDataset:
         try:
             with self.filesystem.open_input_file(self.path(file)) as source:
                 schema = pq.read_schema(source)
-        except (pa.ArrowException, OSError) as error:
+        except Exception as error:  # whatever a hostile footer makes Arrow's parts raise
             yield f"{file.name} is not a Parquet file ({reason(error)})"
             return
         if not schema.equals(self.schema, check_metadata=True):
             held, wanted = schema.metadata or {}, self.schema.metadata
             differing = sorted(key.decode() for key in wanted if held.get(key) != wanted[key]) or ["columns"]
-            values = {name: held.get(name.encode(), b"none").decode() for name in differing}
+            values = {name: short(held.get(name.encode(), b"none").decode(errors="replace")) for name in differing}
             yield f"{file.name} has another schema than the manifest says ({values})"
 
     def verify(self) -> list[str]:
@@ -285,19 +298,30 @@ def _read_manifest(filesystem: pafs.FileSystem, root: str, uri: str) -> dict[str
             raise UserError(f"{uri} is a file, not a dataset; name the folder that `latentrl collect` wrote")
         if filesystem.get_file_info(f"{root}/{MANIFEST_FILE}").type != pafs.FileType.File:
             raise _not_finished(filesystem, root, uri)
-        with filesystem.open_input_stream(f"{root}/{MANIFEST_FILE}") as stream:
-            manifest = json.loads(stream.read())
+        manifest = parse_object(read_small(filesystem, f"{root}/{MANIFEST_FILE}"), f"{MANIFEST_FILE} of dataset {uri}")
     except OSError as error:
         raise UserError(f"cannot read dataset {uri} ({reason(error)}); check the address and its access") from None
-    except ValueError:
-        raise UserError(f"{MANIFEST_FILE} of dataset {uri} is not JSON; collect the dataset again") from None
-    version = manifest.get("schema_version") if isinstance(manifest, dict) else None
+    version = manifest.get("schema_version")
     if version != SCHEMA_VERSION:
         raise UserError(
-            f"dataset {uri} has schema version {version!r}, this version of latentrl reads {SCHEMA_VERSION}; "
+            f"dataset {uri} has schema version {short(version)}, this version of latentrl reads {SCHEMA_VERSION}; "
             "collect it again"
         )
     return dict(manifest)
+
+
+def _count(manifest: dict[str, Any], key: str) -> int:
+    count: int = converted(manifest[key], int, key)
+    if not 1 <= count < 2**48:
+        raise ValueError(f"it counts {short(count)} {key}")
+    return count
+
+
+def _sha256(manifest: dict[str, Any], key: str) -> str:
+    digest: str = converted(manifest[key], str, key)
+    if not re.fullmatch(r"[0-9a-f]{64}", digest):
+        raise ValueError(f"its {key} is {short(digest)}, not 64 hex digits")
+    return digest
 
 
 def _not_finished(filesystem: pafs.FileSystem, root: str, uri: str) -> UserError:
@@ -320,28 +344,7 @@ def _frames_problems(dataset: FramesDataset, file: FileEntry, episodes: pa.Table
             table = parquet.read(columns=columns)
             for _ in parquet.iter_batches(columns=["obs"]):
                 pass  # decoding every page checks its checksum
-    except (pa.ArrowException, OSError) as error:
+    except Exception as error:  # as above
         yield f"{file.name} cannot be read ({reason(error)})"
         return
-    yield from _episode_problems(file, table, episodes)
-
-
-def _episode_problems(file: FileEntry, table: pa.Table, episodes: pa.Table) -> Iterator[str]:
-    listed = episodes.filter(pc.equal(episodes["file"], file.name))
-    if sum(listed["length"].to_pylist()) != table.num_rows:
-        yield f"{file.name}: the episodes listed for it do not add up to its rows"
-        return
-    episode_id, t = table["episode_id"].to_numpy(), table["t"].to_numpy()
-    is_last = np.zeros(table.num_rows, bool)
-    for row in listed.to_pylist():
-        span = slice(row["first_row"], row["first_row"] + row["length"])
-        if not 0 <= span.start < span.stop <= table.num_rows:
-            yield f"{file.name}: episode {row['episode_id']} is listed outside of its rows"
-            return
-        if not (episode_id[span] == row["episode_id"]).all() or not (t[span] == np.arange(row["length"])).all():
-            yield f"{file.name}: the rows of episode {row['episode_id']} are not whole and in order"
-            return
-        is_last[span.stop - 1] = True
-    ended = table["terminated"].to_numpy() | table["truncated"].to_numpy()
-    if not (ended == is_last).all() or not (table["action"].is_null().to_numpy() == is_last).all():
-        yield f"{file.name}: an episode does not end on its last row"
+    yield from row_problems(file.name, table, episodes)

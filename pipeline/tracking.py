@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline import machine, server
+from pipeline import machine, server, trust
 from pipeline.commit import code_commit
 from pipeline.delivery import BATCHED, MAX_PARAM_CHARS, SLOW, Delivery
 from pipeline.disk import write_text
@@ -23,6 +23,7 @@ from pipeline.errors import TrackingPending, UserError
 from pipeline.gauges import Gauges
 from pipeline.outbox import Outbox, Refused
 from pipeline.server import Address
+from pipeline.untrusted import from_record, read_json, require_plain_entries, short
 
 if TYPE_CHECKING:
     from pipeline.resolve import Resolved
@@ -66,11 +67,15 @@ class RunRecord:
     started_ms: int
     game: str = ""
 
+    def __post_init__(self) -> None:
+        """Refuses ids that no server gives, which become part of addresses, by a ValueError."""
+        for value in (self.run_id, self.experiment_id):
+            if not re.fullmatch(r"[0-9A-Za-z_-]{1,64}", value):
+                raise ValueError(f"{short(value)} is no id")
+
     def address(self, given: str | None = None) -> Address:
-        """The run's address; taken from `given` when that is the same one, for the credentials it may carry."""
-        own = Address.parse(self.uri)
-        other = Address.parse(given) if given else own
-        return other if other == own else own
+        """The run's address; taken from `given` when that is the same one. Errors as of `trust.address_of_run`."""
+        return trust.address_of_run(self.uri, given, short(self.name))
 
     def write(self, folder: Path) -> None:
         """Writes the record atomically."""
@@ -84,11 +89,12 @@ class RunRecord:
             UserError: The folder is not a run's, or its record is damaged.
         """
         path = folder / RUN_FILE
+        if not path.is_file():
+            raise UserError(f"{folder} is not a run's folder: it has no {RUN_FILE}")
+        require_plain_entries(folder, f"the run's folder {folder}")
         try:
-            return cls(**json.loads(path.read_text()))
-        except FileNotFoundError:
-            raise UserError(f"{folder} is not a run's folder: it has no {RUN_FILE}") from None
-        except (ValueError, TypeError) as error:
+            return from_record(cls, read_json(path, RUN_FILE), RUN_FILE, may_lack="game")
+        except UserError as error:
             raise UserError(f"{path} is damaged ({error}); restore it or start a new run") from None
 
 
@@ -249,12 +255,18 @@ class Run:
             self.outbox.append("tag", {"key": key, "value": str(value)})
 
     def log_file(self, path: Path, artifact_dir: str = "") -> None:
-        """Uploads a file, as it is when its turn comes."""
-        self.outbox.append("file", {"path": str(Path(path).absolute()), "directory": artifact_dir})
+        """Uploads a file of the run's folder, as it is when its turn comes."""
+        self.outbox.append("file", {"path": self._inside(path), "directory": artifact_dir})
 
     def log_folder(self, path: Path, artifact_dir: str) -> None:
-        """Uploads a folder's content, as it is when its turn comes."""
-        self.outbox.append("folder", {"path": str(Path(path).absolute()), "directory": artifact_dir})
+        """Uploads the content of a folder in the run's, as it is when its turn comes."""
+        self.outbox.append("folder", {"path": self._inside(path), "directory": artifact_dir})
+
+    def _inside(self, path: Path) -> str:
+        """A journal may be delivered by whoever was given the run's folder: it names nothing outside of that."""
+        if self.folder.resolve() not in path.resolve().parents:
+            raise ValueError(f"{path} is not in the run's folder {self.folder}; copy it there")
+        return str(path.absolute())
 
     def log_dataset(self, facts: Mapping[str, Any], context: str) -> None:
         """Records a dataset as an input of this run, and what is known of it as tags `dataset.*`.
@@ -329,16 +341,17 @@ def open_outbox(folder: Path, record: RunRecord, address: Address, *, lock_wait_
     Raises:
         UserError: Another process is writing this run.
     """
-    delivery = Delivery(address, record.experiment_id, record.run_id)
+    delivery = Delivery(address, record.experiment_id, record.run_id, folder)
     return Outbox(folder, delivery, batched=BATCHED, slow=SLOW, lock_wait_s=lock_wait_s)
 
 
 def pending_message(folder: Path, uri: str, outbox: Outbox) -> str:
     """One line for the user about a journal that could not be delivered to its end."""
+    where = f" --tracking-uri {uri}" if uri.startswith("http") and trust.has_credentials() else ""
     return (
         f"{outbox.num_pending} entries of run {folder.name} have not reached {uri} "
         f"({outbox.last_error or 'it is slow'}); they are safe in {folder}; "
-        f"when it is back, run: latentrl sync {folder.name}"
+        f"when it is back, run: latentrl sync {folder.name}{where}"
     )
 
 

@@ -26,17 +26,18 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from safetensors.torch import load_file
 
 from pipeline import models
-from pipeline.artifact import save_encoder
+from pipeline.artifact import require_moderate, save_encoder
 from pipeline.checkpoint import MODEL_FILE, keep_only, newest_sound, step_of
 from pipeline.disk import full, is_full
-from pipeline.errors import Terminated, UserError
+from pipeline.errors import Terminated, UserError, reading
 from pipeline.loop import Job, Outcome, train_loop
 from pipeline.mailbox import Mailbox
 from pipeline.models.latent import LatentModel, ModelConfig, ModelSettings
 from pipeline.order import ReadingOrder
 from pipeline.pretrain_config import RECORD_FILE, PretrainConfig
-from pipeline.storage import locate, reason, write_atomically
+from pipeline.storage import locate, read_small, reason, write_atomically
 from pipeline.store import FramesDataset
+from pipeline.untrusted import parse_object, short
 
 __all__ = ["PretrainConfig", "PretrainResult", "cpus_needed", "num_steps", "pretrain"]
 
@@ -129,6 +130,7 @@ def pretrain(
     """
     order = _order(config, dataset)
     model = settings.for_frames(dataset.preprocess.height, dataset.preprocess.width)
+    require_moderate(model)
     filesystem, root = locate(storage_path)
     folder = f"{root}/{run_name}"
     _claim(filesystem, folder, _record(model, config, dataset), run_name, resume=resume)
@@ -174,7 +176,8 @@ def _claim(filesystem: pafs.FileSystem, folder: str, record: dict[str, Any], nam
     if resume and not exists:
         raise UserError(f"there is no training to resume at {folder}; start one without --resume")
     if resume:
-        _require_same(json.loads(filesystem.open_input_stream(path).read()), record, folder)
+        with reading(f"the training at {folder}", "restore it, or start anew"):
+            _require_same(parse_object(read_small(filesystem, path), path), record, folder)
         return
     try:
         filesystem.create_dir(folder, recursive=True)
@@ -186,7 +189,7 @@ def _claim(filesystem: pafs.FileSystem, folder: str, record: dict[str, Any], nam
 def _require_same(stored: dict[str, Any], record: dict[str, Any], folder: str) -> None:
     keys = [key for key in {**stored, **record} if stored.get(key) != record.get(key)]
     if keys:
-        both = "; ".join(f"{key}: started with {stored.get(key)!r}, now {record.get(key)!r}" for key in keys)
+        both = "; ".join(f"{key}: started with {short(stored.get(key))}, now {record.get(key)!r}" for key in keys)
         raise UserError(
             f"the training at {folder} cannot go on with other settings ({both}); use the same or start anew"
         )

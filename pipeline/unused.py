@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pipeline import server
+from pipeline import server, trust
 from pipeline.delivery import BYTES_TAG, OPERATION_TAG, SHA256_TAG, is_collapsed, logged_model_id
 from pipeline.errors import UserError
 from pipeline.outbox import Refused, Unreachable
@@ -99,6 +99,7 @@ class Registry:
                     raise UserError(f"{model.address} has got an alias meanwhile; it is kept")
                 server.ask(address, lambda: client.delete_model_version(name, number))
             location = server.ask(address, lambda: client.get_logged_model(model.model_id)).artifact_location
+            trust.require_own_store(location, address)
             server.delete_artifacts(location, address)
             server.ask(address, lambda: client.delete_logged_model(model.model_id))
         except (Refused, Unreachable) as error:
@@ -130,7 +131,12 @@ class Registry:
 
 
 def _stored(model: LoggedModel, address: str, why: str) -> StoredModel:
-    return StoredModel(address, model.model_id, model.tags[SHA256_TAG], int(model.tags.get(BYTES_TAG, 0)), why)
+    return StoredModel(address, model.model_id, model.tags[SHA256_TAG], _bytes(model), why)
+
+
+def _bytes(model: LoggedModel) -> int:
+    size = str(model.tags.get(BYTES_TAG, ""))
+    return int(size) if size.isascii() and size.isdigit() and len(size) < 20 else 0
 
 
 def _is_settled(model: LoggedModel) -> bool:

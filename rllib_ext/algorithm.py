@@ -32,7 +32,7 @@ from ray.rllib.utils.metrics import (
     NUM_ENV_STEPS_SAMPLED_LIFETIME,
 )
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, reading
 from rllib_ext import compat
 from rllib_ext.checkpoint import verify_checkpoint, write_checkpoint
 from rllib_ext.config import LatentDQNConfig
@@ -320,11 +320,7 @@ class LatentDQN(Algorithm):
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, *args: Any, **kwargs: Any) -> LatentDQN:
-        """RLlib's way needs the configuration from the checkpoint, in a pickle.
-
-        Raises:
-            UserError: Always.
-        """
+        """RLlib's way needs the configuration from the checkpoint, in a pickle: always a UserError."""
         raise UserError(
             f"LatentDQN's checkpoints hold no configuration; build the algorithm from yours and call "
             f"restore_from_path({str(path)!r})"
@@ -348,7 +344,16 @@ class LatentDQN(Algorithm):
         if kwargs:
             raise UserError(f"LatentDQN restores whole checkpoints only; got {kwargs}")
         verify_checkpoint(Path(path), self.config.run_id)
-        self._read_state(Path(path))
+        with reading(f"the checkpoint {path}", "restore it, or start the run anew"):
+            self._read_state(Path(path))
+
+    def restore(self, checkpoint_path: Any) -> None:
+        """Tune's way, which would unpickle a file of its own that lay in the folder; errors as of restore_from_path."""
+        is_place = isinstance(checkpoint_path, str | Path)
+        checkpoint = ray.tune.Checkpoint(str(checkpoint_path)) if is_place else checkpoint_path
+        with getattr(checkpoint, "checkpoint", checkpoint).as_directory() as folder:
+            verify_checkpoint(Path(folder), self.config.run_id)
+        super().restore(checkpoint)
 
     def _write_state(self, folder: Path, earlier: Path | None, num_barriers: int) -> None:
         state = {

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pipeline import bundle
 from pipeline.errors import UserError
+from pipeline.untrusted import read_bytes, short
 
 _RUN = "run"
 
@@ -51,7 +52,10 @@ def leftovers(path: Path) -> list[Path]:
 
 
 def verify_checkpoint(path: Path, run_id: str) -> None:
-    """Refuses a checkpoint that another run wrote or whose bytes have changed.
+    """Refuses a checkpoint that another run wrote, whose bytes have changed, or with a file that none of ours has.
+
+    Whoever can write the folder can also write the run's id and the sums. What is read afterwards is therefore numbers
+    only, each checked: no checkpoint, whoever made it, makes `restore_from_path` run code.
 
     Raises:
         UserError: Names the file, or both runs.
@@ -59,11 +63,19 @@ def verify_checkpoint(path: Path, run_id: str) -> None:
     bundle.verify(path)
     if not (path / _RUN).is_file():
         raise UserError(f"{path} is a bundle, but no run's checkpoint; name the folder that save_to_path wrote")
-    writer = (path / _RUN).read_text()
+    strange = sorted(file.name for file in path.rglob("*") if file.is_file() and not _is_ours(file))
+    if strange:
+        raise UserError(f"the checkpoint {path} holds {strange[0]}, which no run of latentrl writes; it is not read")
+    writer = read_bytes(path / _RUN, f"{_RUN} of the checkpoint {path}", 1000).decode(errors="replace")
     if writer != run_id:
         raise UserError(
-            f"the checkpoint {path} was written by run {writer!r}, not by {run_id!r}; a run resumes only its own"
+            f"the checkpoint {path} was written by run {short(writer)}, not by {run_id!r}; a run resumes only its own"
         )
+
+
+def _is_ours(file: Path) -> bool:
+    """RLlib's own checkpoints, and Tune's, keep state in pickles, which their loaders would open if they lay here."""
+    return file.suffix in ("", ".json", ".safetensors", ".npy") and not file.name.startswith(".")
 
 
 def _beside(path: Path) -> tuple[Path, Path]:

@@ -304,7 +304,9 @@ class LatentDQNConfig(AlgorithmConfig):
             self.z_shape, self.encoder_config = torso.z_shape, None
             return
         if self.encoder_path is None:
-            self.z_shape = artifact.from_scratch(self.encoder_config, self.preprocess).z_shape
+            built = self.encoder_config.for_frames(self.preprocess.height, self.preprocess.width)
+            artifact.require_moderate(built)
+            self.z_shape = built.latent_shape
             return
         encoder = artifact.load_encoder(
             self.encoder_path, expect_sha256=self.encoder_sha256, preprocess=self.preprocess

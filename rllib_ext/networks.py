@@ -61,7 +61,7 @@ class QHead(nn.Module):
         self.layers = nn.Sequential(*layers)
         self.value = nn.Linear(widths[-1], config.num_atoms) if config.dueling else None
         self.is_distributional = config.num_atoms > 1
-        support = torch.linspace(config.v_min, config.v_max, config.num_atoms)
+        support = torch.linspace(config.v_min, config.v_max, config.num_atoms, device="cpu")
         self.register_buffer("atoms", support if self.is_distributional else torch.zeros(1), persistent=False)
 
     def outputs(self, z_BKZ: Tensor) -> Tensor:

@@ -23,16 +23,17 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline import artifact, bundle, models
+from pipeline import artifact, bundle
 from pipeline.artifact import Encoder
-from pipeline.errors import UserError
-from pipeline.models.latent import ModelConfig
+from pipeline.errors import UserError, reading
 from pipeline.schema import Preprocess
+from pipeline.untrusted import from_record, read_json, short
+from pipeline.weights import load_weights
 from rllib_ext.networks import NatureConvolutions, QNetwork, q_network
-from rllib_ext.settings import QConfig
+from rllib_ext.settings import FROZEN, MODES, PIXELS, QConfig
 from rllib_ext.stacking import RollingStack
 
 CONFIG_FILE = "config.json"
@@ -40,6 +41,7 @@ WEIGHTS_FILE = "q.safetensors"
 PREPROCESS_FILE = "preprocess.json"
 CARD_FILE = "README.md"
 ENCODER_FOLDER = "encoder"
+MOST_STACK = 64
 
 
 @dataclass(frozen=True)
@@ -69,25 +71,18 @@ class PolicyConfig:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> PolicyConfig:
-        """Reads what `to_json` wrote.
+    def from_record(cls, record: Mapping[str, Any], what: str) -> PolicyConfig:
+        """Reads what `to_json` wrote, parsed; `what` names it for the message.
 
         Raises:
-            UserError: Unknown or missing keys.
+            UserError: Unknown or missing keys, or values that no policy can have.
         """
-        record = json.loads(text)
-        wrong = set(record) ^ {field.name for field in dataclasses.fields(cls)}
-        wrong |= {
-            f"q.{name}" for name in set(record.get("q", ())) - {field.name for field in dataclasses.fields(QConfig)}
-        }
-        if wrong:
-            raise UserError(
-                f"the policy's config.json has unknown or missing keys {sorted(wrong)}; it was written by another "
-                f"version of latentrl"
-            )
-        record["q"] = QConfig(**{**record["q"], "hidden": tuple(record["q"]["hidden"])})
-        record["action_names"], record["z_shape"] = tuple(record["action_names"]), tuple(record["z_shape"])
-        return cls(**record)
+        config = from_record(cls, record, what)
+        if config.mode not in MODES or (config.mode == PIXELS) != (config.encoder is None):
+            raise UserError(f"{what}: a policy of mode {short(config.mode)} cannot be, with encoder {config.encoder}")
+        if not 1 <= config.stack <= MOST_STACK or not 1 <= len(config.z_shape) <= 3 or min(config.z_shape) < 1:
+            raise UserError(f"{what}: stack {config.stack} and z_shape {short(config.z_shape)} make no network")
+        return config
 
 
 class Policy:
@@ -194,25 +189,48 @@ def load_policy(path: str | Path) -> Policy:
     sha256 = bundle.verify(path)
     if not (path / WEIGHTS_FILE).is_file():
         raise UserError(f"{path} is not a policy bundle (it has no {WEIGHTS_FILE}); name the folder of a policy")
-    config = PolicyConfig.from_json((path / CONFIG_FILE).read_text())
-    preprocess = Preprocess.from_json((path / PREPROCESS_FILE).read_text())
-    encoder = _load_encoder(path, config, preprocess)
-    inside = None if config.mode == "frozen" else encoder
-    network = q_network(config.q, config.stack, config.z_shape, len(config.action_names), inside)
-    network.load_state_dict(load_file(path / WEIGHTS_FILE))
-    policy = Policy(config, preprocess, network, encoder)
+    config, preprocess = load_config(path), artifact.load_preprocess(path)
+    if config.action_names != preprocess.action_set:
+        raise UserError(f"the policy {path} has actions {config.action_names}, its environment {preprocess.action_set}")
+    with reading(f"the policy bundle {path}", "it does not fit this version of latentrl; train it again"):
+        policy = _loaded(path, config, preprocess)
     policy.bundle_path, policy.sha256 = path, sha256
     return policy
 
 
-def _load_encoder(path: Path, config: PolicyConfig, preprocess: Preprocess) -> Encoder | NatureConvolutions:
-    if config.encoder is not None:
-        expected = config.encoder["sha256"]
-        return artifact.load_encoder(path / ENCODER_FOLDER, expect_sha256=expected, preprocess=preprocess)
+def load_config(path: Path) -> PolicyConfig:
+    """What the policy of a bundle is."""
+    what = f"the {CONFIG_FILE} of the policy {path}"
+    return PolicyConfig.from_record(read_json(path / CONFIG_FILE, what), what)
+
+
+def _loaded(path: Path, config: PolicyConfig, preprocess: Preprocess) -> Policy:
+    bundled = _bundled_encoder(path, config, preprocess)
+
+    def build() -> QNetwork:
+        inside = None if config.mode == FROZEN else bundled or _encoder_from_scratch(config, preprocess)
+        return q_network(config.q, config.stack, config.z_shape, len(config.action_names), inside)
+
+    network = load_weights(build, path / WEIGHTS_FILE)
+    encoder = network.encoder or bundled
+    assert isinstance(encoder, Encoder | NatureConvolutions)
+    if encoder.z_shape != config.z_shape:
+        raise ValueError(f"the encoder makes latents {encoder.z_shape}, the head reads {config.z_shape}")
+    return Policy(config, preprocess, network, encoder)
+
+
+def _bundled_encoder(path: Path, config: PolicyConfig, preprocess: Preprocess) -> Encoder | None:
+    """The encoder that the run started from; None in pixels mode."""
+    if config.encoder is None:
+        return None
+    expected = config.encoder["sha256"]
+    return artifact.load_encoder(path / ENCODER_FOLDER, expect_sha256=expected, preprocess=preprocess)
+
+
+def _encoder_from_scratch(config: PolicyConfig, preprocess: Preprocess) -> Encoder | NatureConvolutions:
     if config.encoder_config is None:
         return NatureConvolutions(config.stack, preprocess.height, preprocess.width)
-    built_from: ModelConfig = models.from_record(dict(config.encoder_config))
-    return artifact.from_scratch(built_from, preprocess)
+    return artifact.from_scratch(artifact.model_config(config.encoder_config, "its encoder_config"), preprocess)
 
 
 def _model_card(config: PolicyConfig, preprocess: Preprocess, card: Mapping[str, Any]) -> str:

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, reading
+from pipeline.untrusted import converted, from_record, read_json, short
 from rllib_ext.replay import COLUMNS, ColumnarReplay, ReplaySpec
 
 _RECORD = "replay.json"
@@ -77,35 +78,60 @@ def load_replay(folder: Path, expected: ReplaySpec) -> ColumnarReplay:
     record = _read_record(folder)
     if record.get("format") != _FORMAT:
         raise UserError(
-            f"the replay in {folder} has format {record.get('format', 1)}, this version reads format {_FORMAT}; resume "
-            f"with the version that wrote it, or start the run anew"
+            f"the replay in {folder} has format {short(record.get('format', 1))}, this version reads format {_FORMAT}; "
+            f"resume with the version that wrote it, or start the run anew"
         )
-    spec = ReplaySpec(**{**record["spec"], "obs_shape": tuple(record["spec"]["obs_shape"])})
-    if spec != expected:
-        raise UserError(
-            f"the replay in {folder} was made with {spec}, this run asks for {expected}; resume with the settings "
-            f"the run was started with"
-        )
-    replay = ColumnarReplay(spec)
-    replay.written[:] = record["written"]
-    replay.max_priority = record["max_priority"]
-    replay.num_cut_episodes = record["num_cut_episodes"]
-    replay.rng.bit_generator.state = record["rng"]
-    replay.saved_as = record["id"]
-    _read_columns(replay, folder, record["segment_rows"])
-    return replay
+    with reading(f"the replay in {folder}", "restore it, or start the run anew"):
+        spec = from_record(ReplaySpec, record["spec"], "its spec")
+        if spec != expected:
+            raise UserError(
+                f"the replay in {folder} was made with {spec}, this run asks for {expected}; resume with the settings "
+                f"the run was started with"
+            )
+        replay = ColumnarReplay(spec)
+        replay.written[:] = converted(record["written"], tuple[int, ...], "written")
+        replay.max_priority = converted(record["max_priority"], float, "max_priority")
+        replay.num_cut_episodes = converted(record["num_cut_episodes"], int, "num_cut_episodes")
+        replay.rng.bit_generator.state = record["rng"]
+        replay.saved_as = converted(record["id"], str, "id")
+        _read_columns(replay, folder, converted(record["segment_rows"], int, "segment_rows"))
+        return replay
 
 
 def _read_columns(replay: ColumnarReplay, folder: Path, segment_rows: int) -> None:
+    if replay.written.min() < 0 or segment_rows < 1 or replay.max_priority <= 0:
+        raise ValueError("its counters are not above 0")
     filled = _rows_filled(replay)
     for name in COLUMNS:
-        replay.columns[name][:, :filled] = _open(folder / f"{name}.npy")
+        _fill(replay.columns[name][:, :filled], folder / f"{name}.npy")
+    if not (replay.columns["age"] >= 0).all() or not _within(replay.columns["ahead"], 0, replay.spec.n_step):
+        raise ValueError("its rows point at rows that it does not hold")
     for i, begin in enumerate(range(0, filled, segment_rows)):
-        stored = _open(folder / _segment_name(i))
-        replay.columns["obs"][:, begin : begin + stored.shape[1]] = stored
+        _fill(replay.columns["obs"][:, begin : min(begin + segment_rows, filled)], folder / _segment_name(i))
     if replay.tree is not None:
-        for lane, priorities in enumerate(_open(folder / f"{_PRIORITIES}.npy")):
-            replay.tree.set(lane * replay.spec.lane_rows + np.arange(filled), priorities)
+        _read_priorities(replay, folder, filled)
+
+
+def _read_priorities(replay: ColumnarReplay, folder: Path, filled: int) -> None:
+    assert replay.tree is not None
+    weights = np.zeros((replay.spec.num_lanes, filled))
+    _fill(weights, folder / f"{_PRIORITIES}.npy")
+    if not np.isfinite(weights).all() or not ((weights > 0) == replay.columns["is_start"][:, :filled]).all():
+        raise ValueError("its priorities are not above 0 exactly where a transition starts")
+    for lane, priorities in enumerate(weights):
+        replay.tree.set(lane * replay.spec.lane_rows + np.arange(filled), priorities)
+
+
+def _fill(target: NDArray[Any], path: Path) -> None:
+    """Copies a stored array into one of the same form; an array of Python objects, a pickle, is not read at all."""
+    stored = np.lib.format.open_memmap(path, mode="r")
+    if (stored.dtype, stored.shape) != (target.dtype, target.shape):
+        raise ValueError(f"{path.name} holds {stored.dtype} {stored.shape}, not {target.dtype} {target.shape}")
+    target[:] = stored
+
+
+def _within(column: NDArray[Any], least: int, most: int) -> bool:
+    return bool(((column >= least) & (column <= most)).all())
 
 
 def _small_columns(replay: ColumnarReplay) -> dict[str, NDArray[Any]]:
@@ -157,10 +183,4 @@ def _link(source: Path, target: Path) -> bool:
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads((folder / _RECORD).read_text())
-    return record
-
-
-def _open(path: Path) -> NDArray[Any]:
-    array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    return array
+    return read_json(folder / _RECORD, f"the {_RECORD} in {folder}")

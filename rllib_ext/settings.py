@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pipeline.errors import UserError
+from pipeline.untrusted import short
 
 T = TypeVar("T")
 
-PIXELS = "pixels"
-MODES = ("frozen", "finetune", PIXELS)
+FROZEN, FINETUNE, PIXELS = "frozen", "finetune", "pixels"
+MODES = (FROZEN, FINETUNE, PIXELS)
+MOST_LAYERS, MOST_WIDTH = 16, 8192
 ENCODER_TORSO, NATURE = "encoder", "nature"
 TORSOS = (ENCODER_TORSO, NATURE)
 _CHOICES = {"exploration": ("schedule", "apex"), "precision": ("float32", "bf16", "auto")}
@@ -55,12 +57,13 @@ class QConfig:
         """Checks types, the widths, the atoms and the torso."""
         if (wrong := wrong_type(self)) is not None:
             raise ValueError(f"q.{wrong}")
-        if any(width < 1 for width in self.hidden):
-            raise ValueError(f"q.hidden is {list(self.hidden)}; every width must be at least 1")
-        if self.grid_channels < 0:
-            raise ValueError(f"q.grid_channels is {self.grid_channels}; give 0 (no convolution) or more")
-        if self.num_atoms < 1:
-            raise ValueError(f"q.num_atoms is {self.num_atoms}; give 1 (expected returns) or more")
+        if len(self.hidden) > MOST_LAYERS or any(not 1 <= width <= MOST_WIDTH for width in self.hidden):
+            limits = f"at most {MOST_LAYERS} widths, each from 1 to {MOST_WIDTH}"
+            raise ValueError(f"q.hidden is {short(list(self.hidden))}; give {limits}")
+        if not 0 <= self.grid_channels <= MOST_WIDTH:
+            raise ValueError(f"q.grid_channels is {self.grid_channels}; give 0 (no convolution) or up to {MOST_WIDTH}")
+        if not 1 <= self.num_atoms <= MOST_WIDTH:
+            raise ValueError(f"q.num_atoms is {self.num_atoms}; give 1 (expected returns) or up to {MOST_WIDTH}")
         if self.num_atoms > 1 and self.v_min >= self.v_max:
             raise ValueError(f"q.v_min is {self.v_min} and q.v_max is {self.v_max}; v_min must be the lower one")
         if self.torso not in TORSOS:

@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from pipeline.errors import reading
+from pipeline.untrusted import read_bytes
+
 _ARRAY, _MAP, _TUPLE = "__array__", "__map__", "__tuple__"
 
 
@@ -24,9 +27,14 @@ def save_state(state: Any, folder: Path, name: str) -> None:
 
 
 def load_state(folder: Path, name: str) -> Any:
-    """Reads what `save_state` wrote."""
-    arrays = load_file(folder / f"{name}.safetensors")
-    return _decode(json.loads((folder / f"{name}.json").read_text()), arrays)
+    """Reads what `save_state` wrote.
+
+    Raises:
+        UserError: A file is missing or damaged.
+    """
+    with reading(f"the state {name} in {folder}", "restore it, or start the run anew"):
+        arrays = load_file(folder / f"{name}.safetensors")
+        return _decode(json.loads(read_bytes(folder / f"{name}.json", f"{name}.json")), arrays)
 
 
 def _encode(state: Any, arrays: dict[str, np.ndarray[Any, Any]]) -> Any:

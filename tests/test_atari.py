@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
 import numpy as np
 import pytest
@@ -93,9 +94,9 @@ def test_unknown_game_shows_near_matches() -> None:
 
 def test_preprocess_record_survives_json_and_refuses_others() -> None:
     record = preprocess_for("pong")
-    assert Preprocess.from_json(record.to_json()) == record
+    assert Preprocess.from_record(json.loads(record.to_json()), "it") == record
     with pytest.raises(UserError, match="missing keys"):
-        Preprocess.from_json("{}")
+        Preprocess.from_record({}, "it")
     with pytest.raises(UserError, match=r"height.*84.*210"):
         record.require_match(preprocess_for("pong", "atari100k", (210, 160)), mine="the encoder", theirs="the game")
 

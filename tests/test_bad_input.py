@@ -85,8 +85,14 @@ def test_unknown_game(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None
         (("demo", "--seed", "-1"), "'-1' is no seed"),
         (("train", "--game", "pong", "--mode", "pixels", "--seed", 2**32), "'4294967296' is no seed"),
         (("train", "--game", "pong", "--mode", "pixels", "--seed", "1.5"), "'1.5' is no seed"),
-        (("train", "--game", "pong", "--mode", "pixels", "--set", "train.lr=.nan"), "train.lr is nan"),
-        (("train", "--game", "pong", "--mode", "pixels", "--set", "q.v_min=-.inf"), "q.v_min is -inf"),
+        (
+            ("train", "--game", "pong", "--mode", "pixels", "--set", "train.lr=.nan"),
+            "train.lr = '.nan' is not a finite number",
+        ),
+        (
+            ("train", "--game", "pong", "--mode", "pixels", "--set", "q.v_min=-.inf"),
+            "q.v_min = '-.inf' is not a finite number",
+        ),
         ((*COLLECT, "--epsilon", "nan"), "'nan' is no share"),
         ((*COLLECT[:-1], "ftp9://me:hunter2@host/frames"), "ftp9://***@host"),
         (("train", "--game", "pong", "--mode", "pixels", "--set", "q.hidden=[-1]"), "q.hidden is [-1]"),

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from toy_frames import toy_frames
 
 from pipeline import models
+from pipeline.artifact import model_config
+from pipeline.errors import UserError
 from pipeline.models.distributions import DiagonalGaussian, PixelGaussian, bits_per_dim, kl_divergence
 from pipeline.models.latent import LatentModel, ModelConfig
 from pipeline.models.nets import ConvEncoder, padded_size
@@ -226,11 +228,11 @@ def test_samples_and_reconstructions_have_the_shape_of_frames():
 def test_configuration_survives_json_and_unknown_keys_do_not():
     config = VAESettings(z_dim=7, widths=(4, 8, 16)).for_frames(21, 16)
     record = models.to_record(config)
-    assert models.from_record(record) == config
-    with pytest.raises(ValueError, match=r"unknown or missing keys \['depth'\]"):
-        models.from_record({**record, "depth": 3})
-    with pytest.raises(ValueError, match="no model class 'GAN'"):
-        models.from_record({**record, "class": "GAN"})
+    assert model_config(record, "it") == config
+    with pytest.raises(UserError, match=r"unknown or missing keys \['depth'\]"):
+        model_config({**record, "depth": 3}, "it")
+    with pytest.raises(UserError, match="no model class 'GAN'"):
+        model_config({**record, "class": "GAN"}, "it")
 
 
 @pytest.mark.parametrize(

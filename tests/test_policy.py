@@ -109,9 +109,9 @@ def test_an_encoder_is_not_a_policy_and_a_bundle_is_not_overwritten(tmp_path):
 def test_the_config_refuses_unknown_and_missing_keys(tmp_path):
     config = load_policy(write(tmp_path)[0]).config
     record = json.loads(config.to_json())
-    assert PolicyConfig.from_json(config.to_json()) == config
+    assert PolicyConfig.from_record(record, "it") == config
     with pytest.raises(UserError, match="colour"):
-        PolicyConfig.from_json(json.dumps({**record, "colour": 1}))
+        PolicyConfig.from_record({**record, "colour": 1}, "it")
     del record["stack"]
     with pytest.raises(UserError, match="stack"):
-        PolicyConfig.from_json(json.dumps(record))
+        PolicyConfig.from_record(record, "it")

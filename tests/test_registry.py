@@ -39,8 +39,10 @@ def test_a_run_arrives_whole(run: Run, client: MlflowClient, tmp_path: Path) -> 
     for step in range(3):
         run.log_metrics({"loss": 1.0 / (step + 1), "epoch": step}, step)
     run.set_tags({"game": "pong"})
-    run.log_file(tmp_path / "note.txt")
-    run.log_folder(tmp_path / "pictures", "pictures")
+    with pytest.raises(ValueError, match="not in the run's folder"):
+        run.log_file(tmp_path / "note.txt")
+    run.log_file((tmp_path / "note.txt").rename(run.folder / "note.txt"))
+    run.log_folder((tmp_path / "pictures").rename(run.folder / "pictures"), "pictures")
     run.log_dataset({"uri": "/data/pong", "game": "pong", "digest": "ab" * 32, "policy_uri": None}, "pretrain")
     run.close()
     assert not run.pending

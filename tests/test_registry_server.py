@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import shutil
 import signal
 import socket
 import sqlite3
@@ -70,7 +71,7 @@ def test_a_server_serves_as_the_sqlite_file_does(
         run.log_params({"seed": 0})
         for step in range(2500):
             run.log_metrics({"loss": 1.0}, step)
-        run.log_folder(bundle, "encoder")
+        run.log_folder(shutil.copytree(bundle, run.folder / "encoder"), "encoder")
         registered = register(run, bundle, "served")
     assert run.delivered({"key": 1}) == {"key": 1}
     assert registered is not None
@@ -122,7 +123,7 @@ def test_a_server_that_dies_stops_nobody_and_gets_everything_later(
     for run in (ended, going_on):
         for step in range(1, 1000):
             run.log_metrics({"loss": 1.0}, step)
-        run.log_file(bundle / "config.json")
+        run.log_file(Path(shutil.copy(bundle / "config.json", run.folder)))
     assert time.monotonic() - started < 2.0
     assert register(ended, bundle, "late") is None
     ended.close()

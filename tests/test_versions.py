@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import threading
 from pathlib import Path
 
@@ -141,7 +142,7 @@ def test_every_kind_of_address_gives_the_same_verified_bundle(
     run: Run, bundle: Path, uri: str, name: str, tmp_path: Path
 ) -> None:
     register(run, bundle, name)
-    run.log_folder(bundle, "model/encoder")
+    run.log_folder(shutil.copytree(bundle, run.folder / "copy"), "model/encoder")
     run.close()
     sha256 = load_encoder(bundle).sha256
     addresses = {
@@ -195,7 +196,7 @@ def test_bytes_changed_in_the_store_are_found(
 
 def test_wrong_addresses_say_what_there_is(run: Run, bundle: Path, uri: str, name: str, tmp_path: Path) -> None:
     register(run, bundle, name)
-    run.log_file(bundle / "config.json")
+    run.log_file(Path(shutil.copy(bundle / "config.json", run.folder)))
     run.close()
     cache = tmp_path / "cache"
     (tmp_path / "empty").mkdir()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
+
 from pipeline.models.latent import LatentModel, ModelConfig
 from pipeline.models.vae import VAE, VAEConfig
 
@@ -17,24 +19,23 @@ def build(config: ModelConfig) -> LatentModel:
     return model(config)
 
 
+def num_parameters(config: ModelConfig) -> int:
+    """How many numbers the weights of such a model are; takes no memory for them."""
+    with torch.device("meta"):
+        return sum(value.numel() for value in build(config).state_dict().values())
+
+
 def to_record(config: ModelConfig) -> dict[str, Any]:
     """A configuration as plain JSON values, with the name of its model under "class"."""
     return {"class": config.model, **dataclasses.asdict(config)}
 
 
-def from_record(record: dict[str, Any]) -> ModelConfig:
-    """Reads what `to_record` wrote.
+def config_class(name: Any) -> type[ModelConfig]:
+    """The class of configurations of the model of that name.
 
     Raises:
-        ValueError: An unknown class, or unknown or missing keys.
+        ValueError: There is none.
     """
-    fields = dict(record)
-    name = fields.pop("class", None)
-    if name not in _MODELS:
-        raise ValueError(f"there is no model class {name!r}; known are {', '.join(_MODELS)}")
-    _, config = _MODELS[name]
-    names = {f.name for f in dataclasses.fields(config)}
-    if set(fields) != names:
-        raise ValueError(f"the configuration of a {name} has unknown or missing keys {sorted(set(fields) ^ names)}")
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
-    return config(**values)
+    if not isinstance(name, str) or name not in _MODELS:
+        raise ValueError(f"there is no model class {str(name)[:80]!r}; known are {', '.join(_MODELS)}")
+    return _MODELS[name][1]

@@ -15,6 +15,9 @@ from pipeline.models.distributions import DEQUANTISATION_MEAN, DEQUANTISATION_VA
 from pipeline.models.latent import LatentModel, ModelConfig, ModelSettings
 from pipeline.models.nets import LEVELS, ConvDecoder, ConvEncoder, grid_size, mean_and_logvar
 
+# Beyond these is a slip or an attack. The z_dim of a grid follows from its cells and has no limit of its own.
+MOST = {"patch": 256, "num_blocks": 64, "latent_channels": 4096}
+MOST_Z_DIM, MOST_WIDTH, MOST_RESOLUTIONS, MOST_SIDE = 65_536, 4096, 8, 1024
 VARIANCES = ("pixel_map", "pixel", "global")
 LOGVAR_RATE = 10.0  # log-variances travel far: this many times the optimizer's step
 
@@ -55,6 +58,11 @@ class VAESettings(ModelSettings):
             raise ValueError(f"variance is {self.variance!r}; choose one of {', '.join(VARIANCES)}")
         if min(self.z_dim, self.patch, self.num_blocks + 1, *self.widths, len(self.widths)) < 1:
             raise ValueError(f"z_dim, patch, widths and num_blocks must be positive: {self}")
+        too_large = [name for name, most in MOST.items() if getattr(self, name) > most]
+        too_large += ["z_dim"] * (not self.latent_channels and self.z_dim > MOST_Z_DIM)
+        too_large += ["widths"] * (len(self.widths) > MOST_RESOLUTIONS or max(self.widths) > MOST_WIDTH)
+        if too_large:
+            raise ValueError(f"{', '.join(too_large)} too large: {self}")
         if self.beta < 0 or self.latent_channels < 0 or self.min_std < math.sqrt(DEQUANTISATION_VARIANCE):
             raise ValueError(f"beta and latent_channels must not be negative, nor min_std below 0.289 levels: {self}")
 
@@ -70,6 +78,16 @@ class VAESettings(ModelSettings):
 @dataclass(frozen=True)
 class VAEConfig(ModelConfig, VAESettings):
     """Everything needed to build a VAE: its settings and the size of the frames."""
+
+    def __post_init__(self) -> None:
+        """See VAESettings; also refuses frames of no or enormous size.
+
+        Raises:
+            ValueError: Names the value.
+        """
+        super().__post_init__()
+        if not (0 < self.height <= MOST_SIDE and 0 < self.width <= MOST_SIDE):
+            raise ValueError(f"frames of {self.height}x{self.width} pixels; each side must be 1 to {MOST_SIDE}")
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -101,7 +119,7 @@ class VAE(LatentModel):
         self.decoder = ConvDecoder(*body, num_maps=2 if config.variance == "pixel_map" else 1)
         self._min_logvar = 2 * math.log(config.min_std)
         self.mean_frame = nn.Parameter(torch.full(size, LEVELS / 2))
-        start = torch.tensor(2 * math.log(LEVELS / 4)) - self._min_logvar
+        start = torch.tensor(2 * math.log(LEVELS / 4), device="cpu") - self._min_logvar
         self.raw_logvar = nn.Parameter((start if config.variance == "global" else start.expand(size)) / LOGVAR_RATE)
 
     def decode(self, z: Tensor, c: Tensor | None = None) -> PixelGaussian:
