@@ -134,7 +134,7 @@ class Address:
         if self.database is None:
             yield
             return
-        with self.database.with_suffix(".lock").open("w") as file:
+        with self.database.with_suffix(".lock").open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
