@@ -43,7 +43,7 @@ def writing(path: Path, earlier: Path | None = None) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"cannot write the bundle {path} ({error.strerror}); choose another folder") from None
     try:
-        with full_disk_told(path):
+        with full_disk_told(path.parent):
             yield draft
             (draft / SUMS_FILE).write_text(_sums(draft, earlier))
             _reach_disk(draft)

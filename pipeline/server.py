@@ -195,14 +195,15 @@ def check(address: Address, *, may_create: bool) -> MlflowClient:
         _check_database(address.database, may_create=may_create)
     else:
         _bounded(address, lambda: _look_for_life(address), SIGN_OF_LIFE_WITHIN_S + 2)
-    client = connect(address)
+    prepare()
 
-    def question() -> None:
-        with address.alone():  # The first question makes a new file's tables, which two at once cannot.
+    def question() -> MlflowClient:
+        with address.alone():  # The first client of a new file makes its tables, which two at once cannot.
+            client = connect(address)
             client.search_experiments(max_results=1)
+            return client
 
-    ask(address, question)
-    return client
+    return ask(address, question)
 
 
 def ask(address: Address, question: Callable[[], T], within_s: float = SERVER_ANSWERS_WITHIN_S) -> T:
