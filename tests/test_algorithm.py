@@ -245,7 +245,7 @@ def test_a_worker_refuses_bytes_that_the_driver_did_not_send(tmp_path):
     assert sound.load(catch_preprocess()).sha256 == sound.sha256
     with pytest.raises(UserError, match="sha256"):
         SharedBundle(sound.ref, "0" * 64).load(catch_preprocess())
-    with pytest.raises(UserError, match="packed bundle .* cannot be read"):
+    with pytest.raises(UserError, match=r"packed bundle .* cannot be read"):
         SharedBundle(ray.put(b"not a bundle"), sound.sha256).load(catch_preprocess())
 
 
