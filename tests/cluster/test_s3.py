@@ -146,6 +146,7 @@ def test_a_collection_that_is_killed_is_an_unfinished_one(
 ) -> None:
     out = shelf.uri("killed/frames")
     command = [sys.executable, "-m", "jobs.cli", *map(str, COLLECT), out]
+    command += ["--ray-address", ray.get_runtime_context().gcs_address]
     command[command.index(str(FRAMES))] = "1000000"
     said = tmp_path / "said.txt"
     with (
