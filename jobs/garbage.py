@@ -38,7 +38,10 @@ REMOVED_FILE = "checkpoint.removed"  # in a run's folder: when its checkpoint wa
 AT_WORK = "a process is writing this run"
 USED_JUST_NOW = "it was used within the last hour"
 UNUSED_S = 3600.0  # since a bundle in the cache was used, or a download was written to
-TEMPORARY_FILES = ("run.json.tmp", "outbox.done.tmp", "result.json.tmp")
+TEMPORARY_FILES = (
+    *("run.json.tmp", "result.json.tmp", "metrics.jsonl.tmp", "start.json.tmp", "episodes.json.tmp"),
+    "outbox.done.tmp",
+)
 RAY_TRAIN_FILES = re.compile(
     r"pretrain\.json(\.tmp)?|checkpoint_manager_snapshot\.json|\.validate_storage_marker"
     r"|step-\d{9}/((model|optimizer)\.safetensors|progress\.json|SHA256SUMS|\.metadata\.json)"

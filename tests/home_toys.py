@@ -106,8 +106,9 @@ class RunState:
         seal(folder / ("bundle" if self.stage == "pretrain" else "policy"), {"q.safetensors": b"weights"})
         self._checkpoints(folder)
         for name in self.leftovers:
-            (folder / name).mkdir(parents=True)
-            (folder / name / "half").write_bytes(b"written")
+            path = folder / name if name.endswith(".tmp") else folder / name / "half"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"written")
         lines = "".join(json.dumps({"seq": n, "time_ms": 0, "kind": "tag", "body": {}}) + "\n" for n in (1, 2))
         (folder / "outbox.jsonl").write_text(lines)
         delivered = len(lines) // 2 if self.is_pending else len(lines)

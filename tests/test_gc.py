@@ -39,9 +39,18 @@ from rllib_ext.checkpoint import find_checkpoint, verify_checkpoint
 PLACES = (".", "checkpoint", "checkpoint/replay", "checkpoints", "checkpoints/epoch-00001", "policy", "bundle", "notes")
 FOREIGN = [
     *((place, name) for place in PLACES for name in ("thesis.tex", "link")),
+    (".", "thesis.tmp"),
     *((place, "link") for place in (".checkpoint.new-ab12", "staged/version-q", ".gc-old")),
 ]
-LEFTOVERS = (".checkpoint.new-ab12", ".policy-xy", ".bundle-z", "staged/version-q", "staged/tmpabc", ".gc-old")
+LEFTOVERS = (
+    ".checkpoint.new-ab12",
+    ".policy-xy",
+    ".bundle-z",
+    "staged/version-q",
+    "staged/tmpabc",
+    ".gc-old",
+    "metrics.jsonl.tmp",
+)
 SELDOM, MOSTLY = st.sampled_from([False, False, False, True]), st.sampled_from([True, True, True, False])
 RUNS = st.builds(
     RunState,
@@ -110,7 +119,7 @@ def check_what_is_needed_stays(
     new = [str(folder.relative_to(place) / garbage.REMOVED_FILE) for folder in folders]
     assert after.keys() - before.keys() <= {*new, "home/cache/.lock"}
     for name, (content, *_) in before.items():
-        if name.endswith(("thesis.tex", "/link")) or name.startswith("outside"):
+        if name.endswith(("thesis.tex", "thesis.tmp", "/link")) or name.startswith("outside"):
             assert after[name][0] == content
     for state, folder in zip(runs, folders, strict=True):
         a_run_keeps_what_it_needs(state, folder, place, before, after, with_finished, home)
