@@ -21,7 +21,7 @@ demo: setup
 
 test: setup check
 	@sh tests/need_chromium.sh
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/test_fuzz.py tests
 
 test-cluster: $(CLUSTER_STAMP)
 	@sh tests/cluster/need_services.sh
