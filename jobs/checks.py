@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from jobs.nodes import Answers, Node, Nodes
 from jobs.place_trial import PlaceTrial
 from pipeline.errors import UserError
 from pipeline.machine import free_bytes
+from pipeline.secrets import SECRETS_FILE_VARIABLE
 from pipeline.server import Address
 from pipeline.trial import trial_run
 
@@ -63,10 +65,13 @@ Findings = Iterator[Finding]
 
 def probes(nodes: Nodes) -> Findings:
     """Whether every node starts a worker."""
+    secrets_file = os.environ.get(SECRETS_FILE_VARIABLE)
+    first = f"see that the secrets file {secrets_file} is there, else " if secrets_file else "see "
     for node, reason in nodes.silent.items():
-        log = "see raylet.err and python-core-worker-*.log in /tmp/ray/session_latest/logs there"
-        yield Finding("nodes", BAD, f"{node.name} starts no worker ({reason})", log)
-    yield Finding("nodes", OK, f"{_count(nodes.all)} started a worker: {_names(nodes.all)}")
+        advice = f"{first}raylet.err and python-core-worker-*.log in /tmp/ray/session_latest/logs there"
+        yield Finding("nodes", BAD, f"{node.name} starts no worker ({reason})", advice)
+    if nodes.all:
+        yield Finding("nodes", OK, f"{_count(nodes.all)} started a worker: {_names(nodes.all)}")
 
 
 def versions(nodes: Nodes, within_s: float) -> Findings:

@@ -112,9 +112,10 @@ class _Doctor:
         )
 
     def _start_probes(self) -> Iterable[Finding]:
-        self.nodes = Nodes(START_S)
-        self._open.callback(self.nodes.close)
-        return checks.probes(self.nodes)
+        nodes = Nodes(START_S)
+        self._open.callback(nodes.close)
+        self.nodes = nodes if nodes.all else None
+        return checks.probes(nodes)
 
     def _look_at_nodes(self, nodes: Nodes) -> None:
         within_s = QUICK_S - SPARE_S

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
+from typing import TypeVar
 
 import pytest
 from nodes import RayCluster
 from running import Stage
 from services import Mlflow, ObjectStore, Postgres
+
+Service = TypeVar("Service", Postgres, ObjectStore, Mlflow, RayCluster)
+
+
+@contextlib.contextmanager
+def started(service: Service) -> Iterator[Service]:
+    """Starts it, and removes it at the end, also where it did not come up."""
+    try:
+        service.start()
+        yield service
+    finally:
+        service.remove()
 
 
 @pytest.fixture(autouse=True)
@@ -19,26 +33,20 @@ def no_stage_is_left() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
-    database = Postgres()
-    database.start()
-    yield database
-    database.remove()
+    with started(Postgres()) as database:
+        yield database
 
 
 @pytest.fixture(scope="session")
 def store() -> Iterator[ObjectStore]:
-    store = ObjectStore()
-    store.start()
-    yield store
-    store.remove()
+    with started(ObjectStore()) as store:
+        yield store
 
 
 @pytest.fixture(scope="session")
 def mlflow_server(postgres: Postgres, store: ObjectStore) -> Iterator[Mlflow]:
-    server = Mlflow(postgres, store)
-    server.start()
-    yield server
-    server.remove()
+    with started(Mlflow(postgres, store)) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +54,5 @@ def cluster(store: ObjectStore, mlflow_server: Mlflow) -> Iterator[RayCluster]:
     """A head on which only drivers run, and machines of one CPU each; keys and passwords lie in a file on each."""
     secrets = {**store.keys_of(store.owner), **mlflow_server.variables()}
     nodes = RayCluster(dict.fromkeys(("one", "two", "three"), 1), store.place(), secrets, head_cpus=0)
-    nodes.start()
-    yield nodes
-    nodes.remove()
+    with started(nodes):
+        yield nodes

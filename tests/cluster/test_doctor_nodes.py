@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 
-import psutil
 import pytest
 import ray
 from doctor_toys import Found, doctor, findings, said, states
@@ -23,6 +22,8 @@ from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from services import Mlflow, ObjectStore
 from test_registry_server import Doorman
+
+from pipeline.secrets import SECRETS_FILE_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIFT_S = 500
@@ -103,13 +104,9 @@ def pretend_to_be_ray(version: str, address: str) -> None:
 
 def inside(node: Node, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Runs a command on a node: with its mounts, its processes and its environment."""
-    assert node.process is not None
-    first = psutil.Process(node.process.pid).children()[0].pid
-    as_root = [] if os.geteuid() == 0 else ["--user", "--preserve-credentials"]
-    enter = ["nsenter", "--target", str(first), "--mount", "--pid", *as_root, "--"]
     at_work = ["sh", "-c", 'cd "$0" && exec "$@"', str(node.here / "work")]
-    environment = {**os.environ, **node.environment(), **variables}
-    return subprocess.run([*enter, *at_work, *command], capture_output=True, text=True, env=environment, timeout=300)
+    words, environment = [*node.entered(), *at_work, *command], {**os.environ, **node.environment(), **variables}
+    return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
 
 
 def doctor_on(node: Node, *arguments: object, **variables: str) -> tuple[int, Found]:
@@ -121,15 +118,16 @@ def doctor_on(node: Node, *arguments: object, **variables: str) -> tuple[int, Fo
 
 
 def test_a_sound_cluster_is_left_as_it_was(cluster: RayCluster, store: ObjectStore, mlflow_server: Mlflow) -> None:
-    keys = store.keys()
+    keys, secrets = store.keys(), {SECRETS_FILE_VARIABLE: str(cluster.secrets_file)}
     addresses = ("--storage", store.uri("new/frames"), "--tracking-uri", mlflow_server.address)
-    code, found = doctor_on(cluster.head, "--home", cluster.shared / "home", *addresses, "--for", "pretrain")
+    places = ("--home", cluster.shared / "home", *addresses)
+    code, found = doctor_on(cluster.head, *places, "--for", "pretrain", **secrets)
     assert set(states(found).values()) == {"ok", "warn"}, found
     assert code == 0
     assert "little for frames under way" in said(found, "object store", "warn")
-    assert "this process and 3 nodes" in said(found, "home", "ok")
-    assert "this process and 3 nodes" in said(found, "storage", "ok")
-    assert "answers 3 nodes too" in said(found, "tracking", "ok"), said(found, "tracking", "warn")
+    assert "this process and 4 nodes" in said(found, "home", "ok")
+    assert "this process and 4 nodes" in said(found, "storage", "ok")
+    assert "answers 4 nodes too" in said(found, "tracking", "ok"), said(found, "tracking", "warn")
     assert "wrote a run and an artifact" in said(found, "tracking", "ok")
     assert store.keys() == keys
     assert not list(cluster.shared.iterdir())
@@ -157,7 +155,8 @@ def test_what_differs_between_machines(
     inside(two, "mount", "-o", "remount,bind,ro", str(cluster.shared)).check_returncode()
     try:
         places = ("--home", home, "--storage", storage, "--tracking-uri", mlflow_server.address)
-        code, found = doctor_on(cluster.head, *places, MLFLOW_TRACKING_PASSWORD="wrong")
+        password = {"MLFLOW_TRACKING_USERNAME": mlflow_server.user, "MLFLOW_TRACKING_PASSWORD": "wrong"}
+        code, found = doctor_on(cluster.head, *places, **password)
     finally:
         inside(one, "umount", str(probe)).check_returncode()
         inside(two, "umount", str(cluster.shared)).check_returncode()
@@ -168,19 +167,32 @@ def test_what_differs_between_machines(
         *("versions", "home", "storage", "tracking"),
     }
     assert "has code " in said(found, "versions", "bad")
-    assert "the same on 2 nodes" in said(found, "versions", "ok")
-    assert f"{home} is not shared" in said(found, "home", "bad")
-    assert f"{home} is not there on" in said(found, "home", "bad")
+    assert "the same on 3 nodes" in said(found, "versions", "ok")
+    assert said(found, "home", "bad").count(f"{home} is not shared") == 1
+    assert said(found, "home", "bad").count(f"{home} is not there on") == 2
     assert said(found, "storage", "bad").count("cannot write") == 1
     assert "Read-only file system" in said(found, "storage", "bad")
-    assert "this process and 2 nodes" in said(found, "storage", "ok")
+    assert "this process and 3 nodes" in said(found, "storage", "ok")
     assert "MLFLOW_TRACKING_PASSWORD" in said(found, "tracking", "bad")
     assert not list(cluster.shared.iterdir())
 
-    readers = store.variables(store.reader)
-    _, found = doctor_on(cluster.head, "--home", cluster.shared / "home", "--storage", store.uri("frames"), **readers)
+
+def test_keys_that_are_wrong_or_missing_on_a_node(cluster: RayCluster, store: ObjectStore) -> None:
+    places = ("--home", cluster.shared / "home", "--storage", store.uri("frames"))
+    _, found = doctor_on(cluster.head, *places, **store.variables(store.reader))
     assert "cannot write to s3://" in said(found, "storage", "bad")
     assert store.reader[1] not in json.dumps(found)
+
+    three = cluster.workers["three"]
+    inside(three, "mv", str(cluster.secrets_file), f"{cluster.secrets_file}.away").check_returncode()
+    try:
+        _, found = doctor_on(cluster.head, *places, **{SECRETS_FILE_VARIABLE: str(cluster.secrets_file)})
+    finally:
+        inside(three, "mv", f"{cluster.secrets_file}.away", str(cluster.secrets_file)).check_returncode()
+    assert said(found, "nodes", "bad").count("starts no worker") == 1
+    assert f"see that the secrets file {cluster.secrets_file} is there" in said(found, "nodes", "bad")
+    assert "this process and 3 nodes" in said(found, "storage", "ok")
+    assert not list(cluster.shared.iterdir())
 
 
 def test_a_machine_that_is_no_node(
