@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -22,10 +23,20 @@ START_WITHIN_S = 120.0
 
 
 def free_ports(count: int) -> list[int]:
-    """Different loopback ports that nobody listens on."""
+    """Different loopback ports that nobody listens on.
+
+    Below those that the system hands to outgoing connections, one of which would else take the port of a service that
+    is down for a moment.
+    """
+    first_handed_out = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    found: list[int] = []
     with contextlib.ExitStack() as held:
-        listeners = [held.enter_context(socket.create_server((LOOPBACK, 0))) for _ in range(count)]
-        return [int(listener.getsockname()[1]) for listener in listeners]
+        while len(found) < count:
+            port = random.randrange(first_handed_out // 2, first_handed_out)
+            with contextlib.suppress(OSError):
+                held.enter_context(socket.create_server((LOOPBACK, port)))
+                found.append(port)
+    return found
 
 
 def answers(url: str, within_s: float = 2.0) -> bool:
