@@ -58,6 +58,7 @@ _DEMO = TrainRecipe(
     DQNSettings(
         updates_per_agent_step=0.5,
         n_step=10,
+        double=True,
         envs_per_runner=8,
         fragment_length=16,
         epsilon_decay_agent_steps=10_000,

@@ -148,7 +148,7 @@ class DQNSettings:
     priority_alpha: float = 0.0
     priority_beta: float = 0.5
     target_update_updates: int = 1_000
-    double: bool = True
+    double: bool = False
     target_tau: float = 0.0
     envs_per_runner: int = 16
     fragment_length: int = 8

@@ -64,7 +64,7 @@ class Task:
 
 TASKS = {
     "rally": Task(
-        30_000,
+        100_000,
         3,
         {
             "sb3": Arm("Stable-Baselines3 DQN, pixels", "sb3", {**RALLY, **PLAIN}, PIXELS_Q),
@@ -98,6 +98,9 @@ TASKS = {
         {
             "plain": Arm("latentrl, frozen, no tricks", "frozen", PLAIN, PLAIN_Q),
             "n-step": Arm("... returns of 3 steps", "frozen", {**PLAIN, "n_step": 3}, PLAIN_Q),
+            "n-step-dueling": Arm(
+                "... returns of 3 steps, dueling", "frozen", {**PLAIN, "n_step": 3}, {**PLAIN_Q, "dueling": True}
+            ),
             "double": Arm("... double", "frozen", {**PLAIN, "double": True}, PLAIN_Q),
             "dueling": Arm("... dueling", "frozen", PLAIN, {**PLAIN_Q, "dueling": True}),
             "distributional": Arm("... 51 atoms", "frozen", PLAIN, {**PLAIN_Q, "num_atoms": 51}),
