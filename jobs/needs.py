@@ -117,11 +117,13 @@ def needs_of(wish: Wish) -> Needs | None:
 
 def _pretraining(wish: Wish) -> Needs:
     from jobs.recipes import pretrain_recipe
-    from pipeline.train import cpus_needed
+    from pipeline.train import resources_needed
 
     config = pretrain_recipe(wish.recipe or "vae", config=wish.config, overrides=wish.overrides).train
     workers = config.num_workers
-    return Needs(f"{workers} training worker{'s' * (workers != 1)} and the data stream", cpus_needed(config))
+    return Needs(
+        f"{workers} training worker{'s' * (workers != 1)} and the data stream", resources_needed(config)["CPU"]
+    )
 
 
 def _training(wish: Wish) -> Needs:

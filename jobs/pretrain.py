@@ -26,7 +26,7 @@ from pipeline.pretrain_config import RECORD_FILE
 from pipeline.registry import Registered, Run, Tracking, check_model_name, register_encoder
 from pipeline.store import FramesDataset
 from pipeline.stream import STREAM_BYTES, sample_frames
-from pipeline.train import PretrainResult, cpus_needed, num_steps, pretrain
+from pipeline.train import PretrainResult, num_steps, pretrain, resources_needed
 
 PICTURES_FOLDER = "pictures"
 NUM_PICTURED = 512
@@ -77,7 +77,7 @@ def run(
     workers = recipe.train.num_workers
     what = f"{workers} training worker{'s' if workers > 1 else ''} and the data stream"
     with (
-        ray_session(workspace, needs={"CPU": cpus_needed(recipe.train)}, what=what, object_bytes=STREAM_BYTES),
+        ray_session(workspace, needs=resources_needed(recipe.train), what=what, object_bytes=STREAM_BYTES),
         _open_run(workspace, tracking, recipe, register, dataset, earlier.folder, parent_run_id) as opened,
     ):
         opened.log_dataset(dataset.facts(), "pretrain")

@@ -183,8 +183,9 @@ def _train(stages: Any) -> None:
     def run(o: Options) -> Result:
         from jobs import train
 
-        names = "game encoder mode agent_steps num_env_runners num_learners protocol seed register resume resume_if_any"
-        return train.run(workspace_of(o), settings_of(o), **{name: getattr(o, name) for name in names.split()})
+        names = "game encoder mode agent_steps num_env_runners num_learners num_gpus_per_learner protocol seed register"
+        given = {name: getattr(o, name) for name in (*names.split(), "resume", "resume_if_any")}
+        return train.run(workspace_of(o), settings_of(o), **given)
 
     def check(o: Options) -> None:
         settings_of(o)
@@ -219,6 +220,7 @@ def _train(stages: Any) -> None:
     p.add_argument("--agent-steps", type=int, default=100_000, help="decisions of the agent, over all workers (100000)")
     p.add_argument("--num-env-runners", type=int, default=1, help="remote rollout workers; 0: in this process (1)")
     p.add_argument("--num-learners", type=int, default=0, help="remote learners; 0: in this process (0)")
+    p.add_argument("--num-gpus-per-learner", type=float, default=0, help="1: learn on a GPU; 0: on the CPU (0)")
     p.add_argument("--protocol", default="atari100k", help=f"{', '.join(PROTOCOLS)} (atari100k)")
     p.add_argument("--seed", type=seed, default=0)
     p.add_argument("--register", metavar="NAME", help="name of the registered policy (GAME-agent)")

@@ -54,6 +54,7 @@ def run(
     agent_steps: int,
     num_env_runners: int,
     num_learners: int = 0,
+    num_gpus_per_learner: float = 0,
     protocol: str = "atari100k",
     seed: int = 0,
     register: str | None = None,
@@ -72,6 +73,7 @@ def run(
         agent_steps: Decisions to take; the run ends with the first fragment that reaches them.
         num_env_runners: Remote rollout workers; 0 samples in the driver.
         num_learners: Remote learners; 0 learns in the driver.
+        num_gpus_per_learner: More than 0 learns on a GPU; remote learners share one by a share of it each.
         protocol: The rules that the game is played by.
         seed: Of everything random.
         register: Name of the registered model; GAME-agent if None.
@@ -101,6 +103,7 @@ def run(
         agent_steps=agent_steps,
         num_env_runners=num_env_runners,
         num_learners=num_learners,
+        num_gpus_per_learner=num_gpus_per_learner,
         seed=seed,
         q=recipe.q,
         train=recipe.train,
@@ -122,7 +125,7 @@ def run(
     logging.getLogger("ray.rllib.utils.actor_manager").setLevel(
         logging.CRITICAL
     )  # rllib_ext/workers.py says it in a line
-    needs = {"CPU": float(num_env_runners + num_learners)}
+    needs = {"CPU": config.cpus_needed} | ({"GPU": config.gpus_needed} if config.gpus_needed else {})
     with ray_session(workspace, needs=needs, what=plan.describe_workers()):
         config.validate()  # the cluster too, before the run's folder is made
         with _open_run(workspace, tracking, plan, earlier.folder, parent_run_id) as opened:
@@ -148,7 +151,7 @@ def build_config(
     built: LatentDQNConfig = (
         config.training(plan.train)
         .env_runners(num_env_runners=plan.num_env_runners)
-        .learners(num_learners=plan.num_learners)
+        .learners(num_learners=plan.num_learners, num_gpus_per_learner=plan.num_gpus_per_learner)
         .debugging(seed=plan.seed)
     )
     return built

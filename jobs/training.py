@@ -24,6 +24,7 @@ class Training:
         agent_steps: Decisions to take, over all runners.
         num_env_runners: Remote rollout workers; 0 samples in the driver.
         num_learners: Remote learners; 0 learns in the driver.
+        num_gpus_per_learner: GPUs that Ray sets aside for each; 0 learns on the CPU, more than 0 on a GPU.
         seed: Of everything random.
         q: The Q network.
         train: The Q-learning.
@@ -40,6 +41,7 @@ class Training:
     agent_steps: int
     num_env_runners: int
     num_learners: int
+    num_gpus_per_learner: float
     seed: int
     q: QConfig
     train: DQNSettings

@@ -6,7 +6,6 @@ puts figures into a mailbox that the driver empties.
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import tempfile
@@ -26,18 +25,18 @@ from torch import Tensor
 
 from pipeline import models
 from pipeline.artifact import LatentStats
+from pipeline.board import Board
 from pipeline.checkpoint import Progress, folder_name, load_checkpoint, newest_sound, save_checkpoint
 from pipeline.disk import full_disk_told
-from pipeline.errors import UserError
 from pipeline.models.distributions import bits_per_dim
-from pipeline.models.latent import ELBO, LatentModel, ModelConfig
+from pipeline.models.latent import LatentModel, ModelConfig
 from pipeline.order import ReadingOrder
+from pipeline.precision import autocast, resolve_precision
 from pipeline.pretrain_config import RECORD_FILE, PretrainConfig
 from pipeline.storage import not_shared
 from pipeline.store import FramesDataset
-from pipeline.stream import all_batches, sample_frames, training_batches
+from pipeline.stream import CPU, all_batches, sample_frames, training_batches
 
-SECONDS_BETWEEN_POSTS = 0.5
 EVALUATION_BATCH = 256
 
 
@@ -108,16 +107,18 @@ class _Worker:
         context = ray.train.get_context()
         self._rank, self._num_workers = context.get_world_rank(), context.get_world_size()
         torch.set_num_threads(self._config.num_threads or _cores() // context.get_local_world_size() or 1)
+        self._device = ray.train.torch.get_device() if self._config.num_gpus_per_worker else CPU
+        self._dtype = resolve_precision(self._config.precision, self._device.type)
         self._order = self._plan("train", self._config.batch_size, self._config.frames_per_epoch)
         self._heldout = self._heldout_order()
-        self._model = self._build()
+        self._model = self._build().to(self._device)
         self._optimizer = torch.optim.Adam(self._model.parameters(), self._config.lr, fused=True)
         self._max_norm = self._config.grad_clip * job.model.height * job.model.width
         self._progress = Progress(0, 0, 0, 0.0, 0.0, self._config.epochs)
         self._restore()
-        self._parallel = ray.train.torch.prepare_model(self._model)
-        self._sampled = sample_frames(job.dataset, self._heldout, self._config.monitor_frames)
-        self._board = _Board(job, self._rank)
+        self._parallel = ray.train.torch.prepare_model(self._model, move_to_device=self._device)
+        self._sampled = sample_frames(job.dataset, self._heldout, self._config.monitor_frames).to(self._device)
+        self._board = Board(job.mailbox, job.config, job.model, is_silent=self._rank != 0)
         self._startup_s = 0.0
         self._steps_here = 0
         self._is_stopping = False
@@ -125,7 +126,9 @@ class _Worker:
     def run(self) -> Outcome | None:
         """Trains to the end and sums up; ends with a checkpoint and None where it is asked to stop."""
         epochs = range(self._progress.epoch, self._config.epochs)
-        batches = training_batches(self._job.dataset, self._order, epochs, self._rank, self._progress.batch)
+        batches = training_batches(
+            self._job.dataset, self._order, epochs, self._rank, self._progress.batch, self._device
+        )
         before = time.perf_counter()
         while self._progress.epoch < self._progress.planned_epochs:
             self._run_epoch(batches)
@@ -186,6 +189,7 @@ class _Worker:
                 self._startup_s = began - self._started
             self._step(batch)
             self._listen()
+        self._board.settle()
         progress.train_s += time.perf_counter() - began
         if progress.batch == self._order.num_batches:
             progress.epoch, progress.batch = progress.epoch + 1, 0
@@ -194,7 +198,7 @@ class _Worker:
         """Now and then: whether the driver wants training to stop. All ranks stop after the same update."""
         if self._progress.step % self._config.log_every_steps:
             return
-        wish = torch.tensor(int(self._board.is_asked_to_stop()))
+        wish = torch.tensor(int(self._board.is_asked_to_stop()), device=self._device)
         if self._num_workers > 1:
             dist.broadcast(wish, 0)
         self._is_stopping = bool(wish)
@@ -209,7 +213,8 @@ class _Worker:
         rate = learning_rate(self._config, progress.step, progress.planned_epochs * self._order.num_batches)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        terms = self._parallel(batch_BHW)
+        with autocast(self._device.type, self._dtype):
+            terms = self._parallel(batch_BHW)
         loss = terms.loss()
         self._optimizer.zero_grad()
         loss.backward()
@@ -228,7 +233,7 @@ class _Worker:
         if not self._config.max_seconds:
             return
         fitting = int(self._config.max_seconds / (progress.total_s / progress.epoch))
-        planned = torch.tensor(min(self._config.epochs, max(progress.epoch, fitting)))
+        planned = torch.tensor(min(self._config.epochs, max(progress.epoch, fitting)), device=self._device)
         if self._num_workers > 1:
             dist.broadcast(planned, 0)
         progress.planned_epochs = int(planned)
@@ -252,15 +257,15 @@ class _Worker:
 
     def _monitor(self) -> dict[str, float]:
         """A quick look at a fixed sample of held-out frames."""
-        tally = _Tally(self._job.model.z_dim)
+        tally = self._tally()
         for batch in torch.split(self._sampled, EVALUATION_BATCH):
             tally.add(self._model, batch)
         return tally.figures(self._job.model, "heldout/")
 
     def _sum_up(self) -> Outcome:
-        heldout, train = _Tally(self._job.model.z_dim), _Tally(self._job.model.z_dim)
+        heldout, train = self._tally(), self._tally()
         self._seed(-1)
-        for batch in all_batches(self._job.dataset, self._heldout, self._rank):
+        for batch in all_batches(self._job.dataset, self._heldout, self._rank, self._device):
             heldout.add(self._model, batch)
         for batch in self._statistics_batches():
             train.add(self._model, batch)
@@ -274,28 +279,31 @@ class _Worker:
             stats=train.stats(self._job.model),
             progress=self._progress,
             startup_s=self._startup_s,
-            steps_per_worker=_gathered(self._steps_here, self._num_workers),
+            steps_per_worker=_gathered(self._steps_here, self._num_workers, self._device),
         )
 
     def _statistics_batches(self) -> Iterator[Tensor]:
         """A random sample of the training split."""
         frames = min(self._config.stats_frames or self._order.num_frames, self._order.num_frames)
         order = self._plan("train", EVALUATION_BATCH * self._num_workers, max(frames, self._num_workers))
-        return training_batches(self._job.dataset, order, range(1), self._rank)
+        return training_batches(self._job.dataset, order, range(1), self._rank, device=self._device)
+
+    def _tally(self) -> _Tally:
+        return _Tally(self._job.model.z_dim, self._device)
 
 
 class _Tally:
     """Sums over frames of the ELBO and of the posterior's moments, float64."""
 
-    def __init__(self, z_dim: int) -> None:
-        self._sums = torch.zeros(2 + 3 * z_dim, dtype=torch.float64)
+    def __init__(self, z_dim: int, device: torch.device) -> None:
+        self._sums = torch.zeros(2 + 3 * z_dim, dtype=torch.float64, device=device)
 
     @torch.inference_mode()
     def add(self, model: LatentModel, batch_BHW: Tensor) -> None:
         """Adds a batch of frames."""
         model.eval()
         terms, mean_BZ = model.elbo(batch_BHW), model.features(batch_BHW).double()
-        parts = [terms.value.double().sum()[None], torch.tensor([float(len(batch_BHW))])]
+        parts = [terms.value.double().sum()[None], self._sums.new_tensor([float(len(batch_BHW))])]
         parts += [mean_BZ.sum(0), mean_BZ.square().sum(0), terms.kl.double().sum(0)]
         self._sums += torch.cat(parts)
 
@@ -311,7 +319,7 @@ class _Tally:
 
     def stats(self, model: ModelConfig) -> LatentStats:
         """Mean and scale of the posterior means."""
-        mean, square, kl = (self._sums[2:] / self._sums[1]).view(3, -1)
+        mean, square, kl = (self._sums[2:] / self._sums[1]).cpu().view(3, -1)
         return LatentStats.from_moments(mean, (square - mean.square()).clamp(min=0), kl, model.latent_shape)
 
     def figures(self, model: ModelConfig, prefix: str) -> dict[str, float]:
@@ -323,73 +331,12 @@ class _Tally:
         }
 
 
-class _Board:
-    """Rank 0's figures on their way to the driver: averaged over `log_every_steps`, posted in batches."""
-
-    def __init__(self, job: Job, rank: int) -> None:
-        self._job, self._is_silent = job, rank != 0
-        self._rows: list[tuple[int, dict[str, float]]] = []
-        self._sums: dict[str, float] = {}
-        self._posted = self._counted = time.perf_counter()
-        self._answer: Any = None
-        self._is_asked_to_stop = False
-
-    def add(self, progress: Progress, terms: ELBO, loss: Tensor, rate: float) -> None:
-        """Takes in the figures of one step.
-
-        Raises:
-            UserError: The loss is not a number.
-        """
-        every = self._job.config.log_every_steps
-        values = {"loss": float(loss.detach()), **_averages(terms)}
-        if not math.isfinite(values["loss"]):
-            raise UserError(f"training diverged: the loss at step {progress.step} is {values['loss']}; lower train.lr")
-        for key, value in values.items():
-            self._sums[key] = self._sums.get(key, 0.0) + value / every
-        if progress.step % every == 0:
-            self._row(progress, rate)
-
-    def _row(self, progress: Progress, rate: float) -> None:
-        now, config, model = time.perf_counter(), self._job.config, self._job.model
-        row = dict(self._sums, lr=rate, epoch=progress.epoch, frames=progress.frames)
-        row["bits_per_dim"] = bits_per_dim(row["elbo_nats"], model.height * model.width)
-        row["images_per_s"] = config.log_every_steps * progress.frames / progress.step / (now - self._counted)
-        self._sums, self._counted = {}, now
-        self.post(progress, row)
-
-    def post(self, progress: Progress, values: dict[str, float]) -> None:
-        """Queues figures of the present step."""
-        self._rows.append((progress.step, values))
-        if time.perf_counter() - self._posted > SECONDS_BETWEEN_POSTS:
-            self.flush()
-
-    def flush(self, *, wait: bool = False) -> None:
-        """Sends what is queued."""
-        rows, self._rows, self._posted = self._rows, [], time.perf_counter()
-        if not self._is_silent:
-            self._answer = self._job.mailbox.put.remote(rows)
-            if wait:
-                ray.get(self._answer)
-
-    def is_asked_to_stop(self) -> bool:
-        """Whether the driver asks training to stop, as of what it last answered."""
-        if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
-            self._is_asked_to_stop, self._answer = ray.get(self._answer), None
-        return self._is_asked_to_stop
-
-
-def _averages(terms: ELBO) -> dict[str, float]:
-    with torch.no_grad():
-        kl, likelihood = terms.kl.sum(-1).mean(), terms.log_likelihood.mean()
-    return {"elbo_nats": float(likelihood - kl), "kl_nats": float(kl), "log_likelihood_nats": float(likelihood)}
-
-
-def _gathered(value: int, num_workers: int) -> tuple[int, ...]:
+def _gathered(value: int, num_workers: int, device: torch.device) -> tuple[int, ...]:
     """Everyone's value, by rank."""
     if num_workers == 1:
         return (value,)
-    values = [torch.zeros((), dtype=torch.int64) for _ in range(num_workers)]
-    dist.all_gather(values, torch.tensor(value))
+    values = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(num_workers)]
+    dist.all_gather(values, torch.tensor(value, device=device))
     return tuple(int(item) for item in values)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from pipeline.precision import PRECISIONS
+
 RECORD_FILE = "pretrain.json"  # in a training's folder: what it was started with
 _POSITIVE = ("epochs", "batch_size", "lr", "num_workers", "monitor_frames", "log_every_steps")
 
@@ -24,6 +26,9 @@ class PretrainConfig:
             screen that flashes) otherwise throws the model back by hundreds of updates.
         seed: Decides initial weights, order of the frames and posterior draws.
         num_workers: Training workers; each takes one CPU of Ray's count.
+        num_gpus_per_worker: 1 trains on GPUs, one a worker; 0 on the CPU.
+        precision: "float32", or "bf16": forward passes of the training, but not of the evaluation, under autocast.
+            "auto" is bf16 where the device computes in it, else float32.
         num_threads: torch threads of a worker; 0 means the machine's cores shared by its workers.
         max_seconds: Training ends after as many epochs as fit, at least one; 0 means no limit. With a limit the number
             of epochs depends on the machine's speed.
@@ -43,6 +48,8 @@ class PretrainConfig:
     grad_clip: float = 15.0
     seed: int = 0
     num_workers: int = 1
+    num_gpus_per_worker: int = 0
+    precision: str = "float32"
     num_threads: int = 0
     max_seconds: float = 0.0
     max_failures: int = 3
@@ -56,7 +63,13 @@ class PretrainConfig:
         Raises:
             ValueError: Names the field and its value.
         """
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision is {self.precision!r}; choose one of {', '.join(PRECISIONS)}")
+        if self.num_gpus_per_worker > 1:
+            raise ValueError(f"num_gpus_per_worker is {self.num_gpus_per_worker}; a worker trains on one")
         for field in fields(self):
             value = getattr(self, field.name)
+            if field.name == "precision":
+                continue
             if value < 0 or (value == 0 and field.name in _POSITIVE):
                 raise ValueError(f"{field.name} is {value}; it must be {'positive' if value == 0 else 'at least 0'}")

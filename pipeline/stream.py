@@ -31,12 +31,18 @@ STREAM_BYTES = 2 * READ_AHEAD_CHUNKS * CHUNK_BYTES  # of the object store, at mo
 PREFETCH_BATCHES = 4
 SCHEDULER_REST_S = 0.1
 SAMPLED_PIECES = 64
+CPU = torch.device("cpu")
 
 Item = TypeVar("Item")
 
 
 def training_batches(
-    dataset: FramesDataset, order: ReadingOrder, epochs: range, worker: int, skip_batches: int = 0
+    dataset: FramesDataset,
+    order: ReadingOrder,
+    epochs: range,
+    worker: int,
+    skip_batches: int = 0,
+    device: torch.device = CPU,
 ) -> Generator[Tensor, None, None]:
     """A worker's batches of several epochs, one after the other, from a single Ray Data pipeline.
 
@@ -46,6 +52,7 @@ def training_batches(
         epochs: Consecutive epochs.
         worker: Rank of this worker.
         skip_batches: Batches of the first epoch that have been read before, and are not read again.
+        device: Where the batches are wanted; to a GPU they are copied ahead, from pinned memory.
 
     Yields:
         Exactly `len(epochs) * order.num_batches - skip_batches` tensors (order.worker_batch_size, H, W) uint8.
@@ -57,13 +64,15 @@ def training_batches(
     chunks = [chunk for epoch in epochs for chunk in _epoch_chunks(dataset, order, epoch, worker)]
     chunks = list(_after(chunks, skip_batches * order.worker_batch_size))
     expected = len(epochs) * order.num_batches - skip_batches
-    yield from _counted(_stream(dataset, chunks, order.worker_batch_size), expected, order.worker_batch_size)
+    yield from _counted(_stream(dataset, chunks, order.worker_batch_size, device), expected, order.worker_batch_size)
 
 
-def all_batches(dataset: FramesDataset, order: ReadingOrder, worker: int) -> Iterator[Tensor]:
+def all_batches(
+    dataset: FramesDataset, order: ReadingOrder, worker: int, device: torch.device = CPU
+) -> Iterator[Tensor]:
     """A worker's share of every frame of the split, each once, in file order; the last batch may be smaller."""
     chunks = [Chunk(ranges) for ranges in _grouped(order.shares(worker), _chunk_rows(dataset))]
-    return _stream(dataset, chunks, order.worker_batch_size)
+    return _stream(dataset, chunks, order.worker_batch_size, device)
 
 
 def sample_frames(dataset: FramesDataset, order: ReadingOrder, num_frames: int) -> Tensor:
@@ -109,7 +118,7 @@ def _grouped(ranges: list[RowRange], max_rows: int) -> Iterator[tuple[RowRange, 
         yield tuple(group)
 
 
-def _stream(dataset: FramesDataset, chunks: list[Chunk], batch_size: int) -> Iterator[Tensor]:
+def _stream(dataset: FramesDataset, chunks: list[Chunk], batch_size: int, device: torch.device) -> Iterator[Tensor]:
     """Batches from one Ray task per chunk, in order."""
     if not chunks:
         return
@@ -124,7 +133,11 @@ def _stream(dataset: FramesDataset, chunks: list[Chunk], batch_size: int) -> Ite
     frames.context.custom_execution_callback_classes = [_Paced]
     try:
         yield from frames.iter_torch_batches(
-            batch_size=batch_size, collate_fn=_collate_for(dataset), prefetch_batches=PREFETCH_BATCHES, device="cpu"
+            batch_size=batch_size,
+            collate_fn=_collate_for(dataset),
+            prefetch_batches=PREFETCH_BATCHES,
+            device=device,
+            pin_memory=device.type != "cpu",
         )
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, UserError):

@@ -39,7 +39,7 @@ from pipeline.storage import locate, read_small, reason, write_atomically
 from pipeline.store import FramesDataset
 from pipeline.untrusted import parse_object, short
 
-__all__ = ["PretrainConfig", "PretrainResult", "cpus_needed", "num_steps", "pretrain"]
+__all__ = ["PretrainConfig", "PretrainResult", "num_steps", "pretrain", "resources_needed"]
 
 KEPT_CHECKPOINTS = 2
 SECONDS_BETWEEN_LOOKS = 0.3
@@ -82,9 +82,10 @@ class PretrainResult:
     steps_per_worker: tuple[int, ...]
 
 
-def cpus_needed(config: PretrainConfig) -> float:
-    """CPUs that Ray must have: one a worker, and one for Ray Data, without which the workers would wait for ever."""
-    return config.num_workers + 1.0
+def resources_needed(config: PretrainConfig) -> dict[str, float]:
+    """What Ray must have: CPUs for workers and one for Ray Data, without which they would wait for ever; GPUs."""
+    gpus = config.num_workers * config.num_gpus_per_worker
+    return {"CPU": config.num_workers + 1.0} | ({"GPU": float(gpus)} if gpus else {})
 
 
 def num_steps(config: PretrainConfig, dataset: FramesDataset) -> int:
@@ -253,7 +254,11 @@ def _fit(job: Job, root: str, name: str) -> ray.train.Result:
     trainer = TorchTrainer(
         train_loop,
         train_loop_config={"job": job},
-        scaling_config=ray.train.ScalingConfig(num_workers=job.config.num_workers, resources_per_worker={"CPU": 1}),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=job.config.num_workers,
+            use_gpu=job.config.num_gpus_per_worker > 0,
+            resources_per_worker={"CPU": 1, "GPU": job.config.num_gpus_per_worker},
+        ),
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=root,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
+import torch
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.connectors.env_to_module import EnvToModulePipeline
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
@@ -17,9 +18,10 @@ from ray.rllib.env import INPUT_ENV_SINGLE_SPACES
 from pipeline import artifact
 from pipeline.errors import UserError
 from pipeline.machine import free_bytes
+from pipeline.precision import resolve_precision
 from pipeline.schema import Preprocess
 from rllib_ext.connectors import EncodeObservations, StackObservations
-from rllib_ext.learner import LatentDQNLearner, resolve_precision
+from rllib_ext.learner import LatentDQNLearner
 from rllib_ext.module import SPEC_KEY, LatentQModule, QModuleSpec
 from rllib_ext.networks import GridConvolution, NatureConvolutions
 from rllib_ext.replay import ReplaySpec, required_bytes
@@ -39,6 +41,8 @@ _HONOURED = {
     "custom_resources_per_env_runner",
     "num_learners",
     "num_cpus_per_learner",
+    "num_gpus_per_learner",
+    "local_gpu_idx",
     "validate_env_runners_after_construction",
     "seed",
     "log_level",
@@ -169,7 +173,7 @@ class LatentDQNConfig(AlgorithmConfig):
             super().validate()
             return
         self.check()
-        self._check_cpus()
+        self._check_cluster()
         super().validate()
 
     def check(self) -> None:
@@ -240,16 +244,39 @@ class LatentDQNConfig(AlgorithmConfig):
                 f"full; this machine has {there / 2**30:.1f} GiB free; lower it"
             )
         if self.num_learners and self.settings.batch_size % self.num_learners:
+            what = f"train.batch_size is {self.settings.batch_size}"
+            raise UserError(f"{what}, which {self.num_learners} learners cannot share evenly; make it a multiple")
+        gpus = self.num_gpus_per_learner
+        if not 0 <= gpus <= 1:
             raise UserError(
-                f"train.batch_size is {self.settings.batch_size}, which {self.num_learners} learners cannot share "
-                f"evenly; make it a multiple"
+                f"num_gpus_per_learner is {gpus}, and a learner computes on one; give 0, 1 or a share of it"
             )
-        if not self.num_learners:
-            resolve_precision(self.settings.precision)
+        if self.num_learners:
+            return
+        seen = torch.cuda.device_count() if gpus else 0
+        if gpus and self.local_gpu_idx >= seen:
+            what = f"num_gpus_per_learner is {gpus:g} and local_gpu_idx is {self.local_gpu_idx}"
+            raise UserError(f"{what}, and torch sees {seen} GPUs on this machine; give 0, or install torch with CUDA")
+        resolve_precision(self.settings.precision, "cuda" if gpus else "cpu")
 
-    def _check_cpus(self) -> None:
-        each = self.num_cpus_per_learner if isinstance(self.num_cpus_per_learner, int | float) else 1
-        asked, there = self.num_learners * each + self.num_env_runners * self.num_cpus_per_env_runner, _cpus()
+    @property
+    def cpus_needed(self) -> float:
+        """Of Ray's count, by learners and runners; RLlib gives a remote learner one of its own, or a GPU."""
+        each = not self.num_gpus_per_learner if self.num_cpus_per_learner == "auto" else self.num_cpus_per_learner
+        return float(self.num_learners * each + self.num_env_runners * self.num_cpus_per_env_runner)
+
+    @property
+    def gpus_needed(self) -> float:
+        """Of Ray's count; a learner in the driver takes one beside it."""
+        return float(self.num_learners * self.num_gpus_per_learner)
+
+    def _check_cluster(self) -> None:
+        gpus, each = _there("GPU", torch.cuda.device_count()), self.num_gpus_per_learner
+        if self.gpus_needed > gpus:
+            raise UserError(
+                f"num_gpus_per_learner is {each:g}, for {self.num_learners} learners there are {gpus:g} GPUs"
+            )
+        asked, there = self.cpus_needed, _there("CPU", os.cpu_count() or 1)
         if asked > there:
             raise UserError(
                 f"num_env_runners is {self.num_env_runners} and num_learners is {self.num_learners}, which take "
@@ -364,9 +391,9 @@ class LatentDQNConfig(AlgorithmConfig):
         return EnvToModulePipeline(input_observation_space=single[0], input_action_space=single[1], connectors=pieces)
 
 
-def _cpus() -> float:
-    """CPUs of the cluster that is joined, or of this machine."""
-    return float(ray.cluster_resources().get("CPU", 0)) if ray.is_initialized() else float(os.cpu_count() or 1)
+def _there(resource: str, here: float) -> float:
+    """What the cluster that is joined has of it, or this machine."""
+    return float(ray.cluster_resources().get(resource, 0) if ray.is_initialized() else here)
 
 
 def _differs(value: Any, default: Any) -> bool:

@@ -8,7 +8,6 @@ Shapes: U updates of one call, B batch, b its share of one learner, A actions.
 
 from __future__ import annotations
 
-import contextlib
 import time
 import warnings
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from torch import Tensor, nn
 
 from pipeline import artifact
-from pipeline.errors import UserError
+from pipeline.precision import autocast, resolve_precision
 from rllib_ext import compat, losses
 from rllib_ext.losses import TDLoss
 from rllib_ext.module import QF_NEXT_CHOOSER, QF_OUTPUTS, QF_TARGET_NEXT_OUTPUTS, LatentQModule
@@ -32,7 +31,6 @@ from rllib_ext.settings import DQNSettings
 
 HEAD = "head"
 ENCODER = "encoder"
-_NATIVE_BF16 = ("avx512_bf16", "amx_bf16", "bf16")  # x86, x86, ARM
 _DDP = {"broadcast_buffers": False, "gradient_as_bucket_view": True}  # buffers never change; one copy less
 
 
@@ -49,25 +47,6 @@ class LearnerReport(NamedTuple):
     figures: dict[str, float]
 
 
-def resolve_precision(setting: str) -> torch.dtype | None:
-    """What forward passes of the update are cast to on this processor; None leaves them in float32.
-
-    Args:
-        setting: "float32", "bf16", or "auto": bf16 where the processor computes in it.
-
-    Raises:
-        UserError: "bf16", and this processor would only emulate it.
-    """
-    capabilities = torch.cpu.get_capabilities()
-    is_native = any(capabilities.get(name, False) for name in _NATIVE_BF16)
-    if setting == "bf16" and not is_native:
-        raise UserError(
-            f"train.precision is bf16, and this processor ({capabilities.get('cpu_name', 'unknown')}) does not compute "
-            f"in it; choose auto or float32"
-        )
-    return torch.bfloat16 if is_native and setting != "float32" else None
-
-
 class LatentDQNLearner(TorchLearner):
     """Several minibatch updates per call; alone, or one of several that share every minibatch."""
 
@@ -75,13 +54,14 @@ class LatentDQNLearner(TorchLearner):
         """Builds module and optimizers, then the target network.
 
         Raises:
-            UserError: The precision is not one of this processor's.
+            UserError: The precision is not one of the device's.
         """
         self.settings: DQNSettings = self.config.settings
         torch.set_num_threads(self.config.learner_threads)
-        self._autocast_dtype = resolve_precision(self.settings.precision)
         self.config.torch_ddp_kwargs = _DDP
         super().build()
+        self._on_cpu = self.device.type == "cpu"
+        self._dtype = resolve_precision(self.settings.precision, self.device.type)
         self.q_module: LatentQModule = self.module[DEFAULT_MODULE_ID].unwrapped()
         self.q_module.make_target_networks()
 
@@ -133,7 +113,7 @@ class LatentDQNLearner(TorchLearner):
         """
         started = time.perf_counter()
         own = self._own_share(drawn)
-        columns = _tensors(own)
+        columns = _tensors(own, self.device)
         steps: list[Any] = []
         while len(steps) < len(own.action):
             first, last = len(steps), self._last_with_this_target(updates_before, len(steps), len(own.action))
@@ -147,9 +127,9 @@ class LatentDQNLearner(TorchLearner):
         figures = {"td_loss": float(torch.stack(td_losses).mean()), "q_mean": float(values.mean())}
         figures["td_error_mean"] = float(td_errors.mean())
         if self.settings.grad_clip:
-            figures["grad_norm"] = float(np.mean(grad_norms))
+            figures["grad_norm"] = float(np.mean([float(norm) for norm in grad_norms]))
         figures["update_s"] = (time.perf_counter() - started) / len(steps)
-        return LearnerReport(own.ids.reshape(-1), td_errors.numpy(), figures)
+        return LearnerReport(own.ids.reshape(-1), td_errors.cpu().numpy(), figures)
 
     def _own_share(self, drawn: Transitions) -> Transitions:
         """Rows (U, b, ...) of this learner: a contiguous part of every minibatch."""
@@ -174,15 +154,11 @@ class LatentDQNLearner(TorchLearner):
 
     def _target_outputs(self, next_obs: Tensor) -> Tensor:
         """(U, b, K, ...) -> the target network's outputs (U, b, A) or (U, b, A, N)."""
-        with self._autocast():
+        with autocast(self.device.type, self._dtype):
             outputs = self.q_module.target_outputs(next_obs.flatten(0, 1))
         return outputs.view(*next_obs.shape[:2], *outputs.shape[1:])
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        dtype = self._autocast_dtype
-        return contextlib.nullcontext() if dtype is None else torch.autocast("cpu", dtype)
-
-    def _update_once(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, float]:
+    def _update_once(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, float | Tensor]:
         """One update; its loss (), TD errors (b,), the network's outputs (b, A) or (b, A, N), and gradient norm."""
         outputs = self._forward(batch)
         td = self._td_loss(batch, outputs)
@@ -197,7 +173,7 @@ class LatentDQNLearner(TorchLearner):
         """The module's training outputs; DistributedDataParallel has to see this pass."""
         seen = {Columns.OBS: batch["obs"], Columns.NEXT_OBS: batch["next_obs"]}
         seen[QF_TARGET_NEXT_OUTPUTS] = batch[QF_TARGET_NEXT_OUTPUTS]
-        with self._autocast():
+        with autocast(self.device.type, self._dtype):
             outputs: dict[str, Tensor] = self.module[DEFAULT_MODULE_ID].forward_train(seen)
         return outputs
 
@@ -209,17 +185,19 @@ class LatentDQNLearner(TorchLearner):
             return losses.cross_entropy_loss(outputs[QF_OUTPUTS], batch["action"], target_BN, batch["weights"])
         return losses.huber_loss(outputs[QF_OUTPUTS], batch["action"], losses.q_targets(*bootstrap), batch["weights"])
 
-    def _step(self, optimizer: torch.optim.Optimizer) -> float:
+    def _step(self, optimizer: torch.optim.Optimizer) -> float | Tensor:
         """Steps one optimizer; returns its gradients' norm before clipping, 0 where gradients are not clipped.
 
-        Gradients within the bound are left alone, which saves a pass over all of them.
+        Gradients within the bound are left alone, which saves a pass over all of them; but a GPU is not waited for to
+        know the norm.
         """
-        norm, bound = 0.0, self.settings.grad_clip
+        norm: float | Tensor = 0.0
+        bound = self.settings.grad_clip
         if bound:
             params = optimizer.param_groups[0]["params"]
             total = nn.utils.get_total_norm([param.grad for param in params if param.grad is not None], foreach=True)
-            norm = float(total)
-            if norm > bound:
+            norm = float(total) if self._on_cpu else total
+            if not self._on_cpu or norm > bound:
                 nn.utils.clip_grads_with_norm_(params, bound, total, foreach=True)
         optimizer.step()
         return norm
@@ -235,11 +213,17 @@ class LatentDQNLearner(TorchLearner):
         return None if encoder is None else artifact.weights_sha256(encoder)
 
 
-def _tensors(own: Transitions) -> dict[str, Tensor]:
-    """The columns as tensors; frames and numbers on the same memory, which must only be read, latents in float32."""
+def _tensors(own: Transitions, device: torch.device) -> dict[str, Tensor]:
+    """The columns as tensors on a device, latents in float32.
+
+    On the CPU frames and numbers stay in the same memory, which must only be read. To a GPU they go through pinned
+    memory, and nobody waits for them.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         columns = {name: torch.from_numpy(column) for name, column in own._asdict().items() if name != "ids"}
+    if device.type != "cpu":
+        columns = {name: x.pin_memory().to(device, non_blocking=True) for name, x in columns.items()}
     for name in ("obs", "next_obs"):  # once, for all networks that read them
         columns[name] = columns[name].float() if columns[name].is_floating_point() else columns[name]
     return columns

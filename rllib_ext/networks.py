@@ -71,7 +71,7 @@ class QHead(nn.Module):
         x = x.flatten(1) if self.grid is None else self.grid(x)
         for layer in trunk:
             x = layer(x)
-        with torch.autocast("cpu", enabled=False):  # values need more digits than bf16 has
+        with torch.autocast(x.device.type, enabled=False):  # values need more digits than bf16 has
             x = x.float()
             outputs: Tensor = stream(x)
             value = None if self.value is None else self.value(x)

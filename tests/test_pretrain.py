@@ -261,7 +261,9 @@ def test_the_learning_rate_rises_stays_and_falls():
     assert all(later <= earlier for earlier, later in itertools.pairwise(rates[10:]))
 
 
-@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"batch_size": -1}, {"lr": 0.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"epochs": 0}, {"batch_size": -1}, {"lr": 0.0}, {"precision": "fp8"}, {"num_gpus_per_worker": 2}]
+)
 def test_settings_that_make_no_training_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         replace(CONFIG, **wrong)
@@ -287,6 +289,10 @@ def test_the_job_leaves_a_registered_model_pictures_and_a_record(dataset, tmp_pa
     assert result["train_worker_steps"] == {"0": 20}
     with pytest.raises(UserError, match="has finished"):
         job.run(workspace, recipe, dataset.uri, "toy-encoder", resume=True)
+    on_gpu = replace(recipe, train=replace(recipe.train, num_gpus_per_worker=1))
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="need 1 GPUs, Ray has 0"):
+            job.run(workspace, on_gpu, dataset.uri, "toy-encoder")
     (folder / "result.json").unlink()  # as if it had been cut off before its end
     resumed = job.run(workspace, recipe, dataset.uri, "toy-encoder", resume_if_any=True)
     assert (resumed["run_id"], resumed["sha256"]) == (result["run_id"], result["sha256"])

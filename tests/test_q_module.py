@@ -269,12 +269,22 @@ def test_unknown_and_unsupported_settings_are_errors(tmp_path):
         config.training(n_steps=3)
     with pytest.raises(UserError, match="unknown choice 'encoders'"):
         config.latent(encoders=3)
-    with pytest.raises(UserError, match="does not support the setting num_gpus_per_learner=1"):
-        config.copy().learners(num_gpus_per_learner=1).validate()
+    with pytest.raises(UserError, match="does not support the setting num_aggregator_actors_per_learner=1"):
+        config.copy().learners(num_aggregator_actors_per_learner=1).validate()
     with pytest.raises(UserError, match="does not support the setting evaluation_interval=1"):
         config.copy().evaluation(evaluation_interval=1).validate()
     with pytest.raises(UserError, match="does not support the setting num_envs_per_env_runner=3"):
         config.copy().env_runners(num_envs_per_env_runner=3).validate()
+
+
+@pytest.mark.parametrize("num_learners", [0, 1])
+def test_a_gpu_that_no_machine_has_is_refused(tmp_path, monkeypatch, num_learners):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    config = toy_config("frozen", make_encoder(tmp_path / "encoder")).learners(num_learners=num_learners)
+    for gpus, told in ((1, "0 GPUs"), (0.5, "0 GPUs"), (2, "give 0, 1 or a share"), (-1, "give 0, 1 or a share")):
+        with pytest.raises(UserError, match=f"num_gpus_per_learner is {gpus}.*{told}") as caught:
+            config.copy().learners(num_gpus_per_learner=gpus).validate()
+        assert "\n" not in str(caught.value)
 
 
 def test_modes_and_encoders_must_fit(tmp_path):

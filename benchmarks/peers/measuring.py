@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import statistics
+import subprocess
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -27,7 +30,8 @@ def measure(loop: Iterator[Counts], seconds: float, settle_s: float) -> dict[str
     Returns:
         `agent_steps_per_s`, `updates_per_agent_step`, `cpu_s_per_agent_step` and `resident_mb` (this process and all
         below it), `time_to_first_update_s` (since this process was started, imports included), `agent_steps` and
-        `updates` in all. What has no updates has None there.
+        `updates` in all. What has no updates has None there. Where there is a GPU, `gpu_busy` is the share of the
+        window in which it computed.
     """
     counts = next(loop)
     while counts.updates == 0:
@@ -35,8 +39,9 @@ def measure(loop: Iterator[Counts], seconds: float, settle_s: float) -> dict[str
     first_update_s = None if counts.updates is None else time.time() - psutil.Process().create_time()
     _run_for(loop, settle_s, counts.agent_steps)
     before, started, cpu = next(loop), time.perf_counter(), cpu_seconds()
-    after = _run_for(loop, seconds, before.agent_steps)
-    wall, cpu = time.perf_counter() - started, cpu_seconds() - cpu
+    with gpu_busy() as busy:
+        after = _run_for(loop, seconds, before.agent_steps)
+        wall, cpu = time.perf_counter() - started, cpu_seconds() - cpu
     steps = after.agent_steps - before.agent_steps
     return {
         "agent_steps_per_s": steps / wall,
@@ -46,7 +51,26 @@ def measure(loop: Iterator[Counts], seconds: float, settle_s: float) -> dict[str
         "time_to_first_update_s": first_update_s,
         "agent_steps": after.agent_steps,
         "updates": after.updates,
+        **busy,
     }
+
+
+@contextlib.contextmanager
+def gpu_busy() -> Iterator[dict[str, float]]:
+    """Fills in `gpu_busy`: the mean of NVIDIA's utilisation, the share of time with a kernel running, read 5 times a s.
+
+    Nothing where there is no GPU.
+    """
+    figures: dict[str, float] = {}
+    if shutil.which("nvidia-smi") is None:
+        yield figures
+        return
+    command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms", "200"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        yield figures
+        process.terminate()
+        shares = [float(word) / 100 for word in process.communicate()[0].split() if word.isdigit()]
+    figures["gpu_busy"] = statistics.mean(shares)
 
 
 def _run_for(loop: Iterator[Counts], seconds: float, steps_before: int) -> Counts:

@@ -20,16 +20,21 @@ from rllib_ext.settings import replace_known
 GAME = "pong"
 
 
-def latentrl(mode: str, train: dict[str, Any], q: dict[str, Any]) -> Iterator[Counts]:
+def latentrl(
+    mode: str, train: dict[str, Any], q: dict[str, Any], num_workers: int = 1, num_gpus: int = 0
+) -> Iterator[Counts]:
     """Trains for ever; yields after every training step.
 
     Args:
         mode: "frozen", "finetune" or "pixels".
         train: Changes to the shipped recipe's Q-learning.
         q: Changes to its Q network.
+        num_workers: Remote rollout workers.
+        num_gpus: 1 learns on a GPU.
     """
     with tempfile.TemporaryDirectory() as folder, ray_here():
-        yield from run(config_of(Path(folder), mode, train, q))
+        config = config_of(Path(folder), mode, train, q, num_workers=num_workers)
+        yield from run(config.learners(num_gpus_per_learner=num_gpus))
 
 
 def config_of(

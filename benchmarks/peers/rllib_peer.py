@@ -35,7 +35,7 @@ def make_env(_: Any) -> gym.Env[Any, Any]:
     return wrap_atari_for_new_api_stack(env, dim=84, frameskip=4, framestack=4)
 
 
-def rllib(num_env_runners: int, num_envs: int, warmup: int, is_nature: bool) -> Iterator[Counts]:
+def rllib(num_env_runners: int, num_envs: int, warmup: int, is_nature: bool, num_gpus: int = 0) -> Iterator[Counts]:
     """Trains for ever, one update per four agent steps, double and dueling as it ships; yields once a second or so.
 
     Args:
@@ -43,10 +43,11 @@ def rllib(num_env_runners: int, num_envs: int, warmup: int, is_nature: bool) -> 
         num_envs: Environments of each.
         warmup: Agent steps before the first update.
         is_nature: The convolutions of the DQN paper instead of RLlib's default ones.
+        num_gpus: 1 learns on a GPU.
     """
     register_env("pong", make_env)
     with ray_here():
-        config = _config(num_env_runners, num_envs, warmup)
+        config = _config(num_env_runners, num_envs, warmup).learners(num_gpus_per_learner=num_gpus)
         algorithm = (config.rl_module(model_config=NATURE) if is_nature else config).build_algo()
         try:
             while True:

@@ -16,12 +16,13 @@ STEPS_PER_UPDATE = 4
 CHUNK_AGENT_STEPS = 64
 
 
-def sb3(num_envs: int, warmup: int) -> Iterator[Counts]:
+def sb3(num_envs: int, warmup: int, device: str = "cpu") -> Iterator[Counts]:
     """Trains for ever, one update of 32 per four agent steps.
 
     Args:
         num_envs: Environments stepped together; a vector step counts as so many agent steps.
         warmup: Agent steps before the first update.
+        device: Where it learns and chooses actions.
     """
     gym.register_envs(ale_py)
     env = VecFrameStack(make_atari_env("PongNoFrameskip-v4", n_envs=num_envs, seed=0), n_stack=4)
@@ -36,6 +37,7 @@ def sb3(num_envs: int, warmup: int) -> Iterator[Counts]:
         optimize_memory_usage=True,
         replay_buffer_kwargs={"handle_timeout_termination": False},
         seed=0,
+        device=device,
     )
     while True:
         model.learn(CHUNK_AGENT_STEPS, reset_num_timesteps=False, log_interval=None)  # type: ignore[arg-type]

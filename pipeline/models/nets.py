@@ -99,7 +99,7 @@ class ConvEncoder(nn.Module):
         is_flat = isinstance(self.head, nn.Linear)
         mean, logvar = self.head(features.flatten(1) if is_flat else features).chunk(2, dim=1)
         logvar = logvar.flatten(1).clamp(MIN_POSTERIOR_LOGVAR, MAX_POSTERIOR_LOGVAR)
-        return DiagonalGaussian(mean.flatten(1), logvar)
+        return DiagonalGaussian(mean.flatten(1).float(), logvar.float())
 
     def _embed(self, x: Tensor) -> Tensor:
         """Frames (B, H, W) uint8 to the stem's maps (B, C, h, w), in the channels-last layout."""
@@ -171,7 +171,7 @@ class ConvDecoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """Pixel maps (B, num_maps, H, W) of latents (B, Z); zero at the start of training."""
         height, width = self._size
-        maps: Tensor = self.layers(self.seed(z))
+        maps: Tensor = self.layers(self.seed(z)).float()
         return maps[..., :height, :width]
 
 
