@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,10 @@ LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx", "cuda
 def rows(options: argparse.Namespace) -> dict[str, Any]:
     """Whole runs."""
     bench = Bench(Path(tempfile.mkdtemp()), is_fresh=True)
-    measured: dict[str, Any] = {}
+    measured = options.kept("rows")
     for name, (loop, arguments) in _cells().items():
+        if name in measured:
+            continue
         try:
             measured[name] = bench.figures(Cell(loop, arguments, options.seconds, 2.0, 0))
         except CellFailed as failure:
@@ -68,46 +71,48 @@ def rows(options: argparse.Namespace) -> dict[str, Any]:
 
 def _cells() -> dict[str, tuple[str, dict[str, Any]]]:
     plain = {**AS_SB3["q"], **NATURE}
+    sb3 = {"num_envs": 8, "warmup": WARMUP, "device": "cuda"}
+    stock = {"num_env_runners": 1, "num_envs": 8, "warmup": WARMUP, "is_nature": True, "num_gpus": 1}
+    peers = {
+        "Stable-Baselines3, GPU, 8 environments": ("sb3", sb3),
+        "stock RLlib, GPU, 1 worker of 8": ("rllib", stock),
+    }
     cells: dict[str, tuple[str, dict[str, Any]]] = {}
     for name, mode, q, train, workers, gpus in (
         ("pixels, GPU, 4 workers", "pixels", {}, {}, 4, 1),
-        ("pixels, CPU, 4 workers", "pixels", {}, {}, 4, 0),
         ("frozen, GPU, 4 workers", "frozen", {}, {}, 4, 1),
-        ("frozen, CPU, 4 workers", "frozen", {}, {}, 4, 0),
         ("finetune, GPU, 4 workers", "finetune", {}, {}, 4, 1),
-        ("plain pixels of the DQN paper, GPU, 1 worker", "pixels", plain, AS_SB3["train"], 1, 1),
         ("plain pixels of the DQN paper, GPU, 4 workers", "pixels", plain, AS_SB3["train"], 4, 1),
-        ("plain pixels of the DQN paper, CPU, 4 workers", "pixels", plain, AS_SB3["train"], 4, 0),
-        ("pixels, GPU, 1 worker", "pixels", {}, {}, 1, 1),
+        ("frozen, CPU, 4 workers", "frozen", {}, {}, 4, 0),
+        ("pixels, CPU, 4 workers", "pixels", {}, {}, 4, 0),
         ("frozen, GPU, 1 worker", "frozen", {}, {}, 1, 1),
-        ("frozen, CPU, 1 worker", "frozen", {}, {}, 1, 0),
+        ("pixels, GPU, 8 workers", "pixels", {}, {}, 8, 1),
+        ("frozen, GPU, 8 workers", "frozen", {}, {}, 8, 1),
+        ("plain pixels of the DQN paper, CPU, 4 workers", "pixels", plain, AS_SB3["train"], 4, 0),
         ("finetune, CPU, 4 workers", "finetune", {}, {}, 4, 0),
     ):
-        changes = {**train, "warmup_agent_steps": WARMUP}
-        cells[f"latentrl {name}"] = (
-            "latentrl",
-            {"mode": mode, "q": q, "train": changes, "num_workers": workers, "num_gpus": gpus},
-        )
-    for envs in (8, 1):
-        cells[f"Stable-Baselines3, GPU, {envs} environments"] = (
-            "sb3",
-            {"num_envs": envs, "warmup": WARMUP, "device": "cuda"},
-        )
-    stock = {"num_env_runners": 1, "num_envs": 8, "warmup": WARMUP, "is_nature": True, "num_gpus": 1}
-    cells["stock RLlib, GPU, 1 worker of 8"] = ("rllib", stock)
+        arguments = {"mode": mode, "q": q, "train": {**train, "warmup_agent_steps": WARMUP}}
+        cells[f"latentrl {name}"] = ("latentrl", {**arguments, "num_workers": workers, "num_gpus": gpus})
+        if len(cells) == 3:
+            cells |= peers
     return cells
 
 
 def updates(options: argparse.Namespace) -> dict[str, Any]:
     """The learner alone."""
-    measured: dict[str, Any] = {}
+    measured = options.kept("updates")
     for mode in ("frozen", "pixels", "finetune"):
-        for gpus, precision in ((1, "float32"), (1, "bf16"), (0, "float32"), (0, "auto")):
-            name = f"{mode}, {'GPU' if gpus else 'CPU'}, {precision}"
+        for device, precision in product(("GPU", "GPU without graph", "CPU"), ("float32", "bf16")):
+            name = f"{mode}, {device}, {precision}"
+            if name in measured:
+                continue
             with tempfile.TemporaryDirectory() as folder:
                 config = config_of(Path(folder), mode, {"precision": precision}, {}, num_workers=0)
-                algorithm = config.learners(num_gpus_per_learner=gpus).build_algo()
-                measured[name] = _learner_figures(algorithm, is_gpu=bool(gpus))
+                algorithm = config.learners(num_gpus_per_learner=device != "CPU").build_algo()
+                if device == "GPU without graph":
+                    learner = algorithm.learner_group._learner
+                    learner._graphed = learner._update_once
+                measured[name] = _learner_figures(algorithm, is_gpu=device != "CPU")
                 algorithm.stop()
             print(name, json.dumps(measured[name]), flush=True)
             options.keep("updates", measured)
@@ -221,7 +226,7 @@ def _pretraining_step(
 
 def pretraining(options: argparse.Namespace) -> dict[str, Any]:
     """The stage itself, through Ray Data and Ray Train."""
-    measured: dict[str, Any] = {}
+    measured = options.kept("pretrain")
     recipe = PRETRAIN_RECIPES["vae"]
     with tempfile.TemporaryDirectory() as folder:
         uri = options.data or f"{folder}/frames"
@@ -233,18 +238,20 @@ def pretraining(options: argparse.Namespace) -> dict[str, Any]:
             print("collect", measured["collect"], flush=True)
         dataset = FramesDataset.open(uri)
         for gpus, batch, precision, updates in (
-            (1, 64, "float32", 2500),
-            (1, 64, "bf16", 2500),
+            (1, 64, "float32", 1500),
             (1, 1024, "float32", 400),
-            (1, 1024, "bf16", 400),
             (0, 64, "float32", 500),
-            (0, 64, "auto", 500),
+            (1, 1024, "bf16", 400),
+            (0, 64, "bf16", 500),
+            (1, 64, "bf16", 1500),
         ):
             config = replace(
                 recipe.train, epochs=1, frames_per_epoch=updates * batch, batch_size=batch, precision=precision,
                 num_gpus_per_worker=gpus, stats_frames=2048,
             )  # fmt: skip
             name = f"{'GPU' if gpus else 'CPU'}, batch {batch}, {precision}"
+            if name in measured:
+                continue
             watch = _Watch()
             began = time.perf_counter()
             storage = tempfile.mkdtemp(dir=folder)
@@ -304,7 +311,7 @@ def main() -> None:
         found[part] = measured
         options.out.write_text(json.dumps(found, indent=1) + "\n")
 
-    options.keep = keep
+    options.keep, options.kept = keep, lambda part: dict(found.get(part, {}))
     for part in options.parts:
         began = time.perf_counter()
         if part == "rows":

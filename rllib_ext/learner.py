@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from pipeline import artifact
 from pipeline.precision import autocast, resolve_precision
 from rllib_ext import compat, losses
+from rllib_ext.graph import GraphedUpdate
 from rllib_ext.losses import TDLoss
 from rllib_ext.module import QF_NEXT_CHOOSER, QF_OUTPUTS, QF_TARGET_NEXT_OUTPUTS, LatentQModule
 from rllib_ext.networks import blend
@@ -62,6 +63,7 @@ class LatentDQNLearner(TorchLearner):
         super().build()
         self._on_cpu = self.device.type == "cpu"
         self._dtype = resolve_precision(self.settings.precision, self.device.type)
+        self._graphed = GraphedUpdate(self._update_once)
         self.q_module: LatentQModule = self.module[DEFAULT_MODULE_ID].unwrapped()
         self.q_module.make_target_networks()
 
@@ -77,21 +79,24 @@ class LatentDQNLearner(TorchLearner):
 
     def _register_adam(self, module_id: str, name: str, part: nn.Module, lr: float) -> None:
         params = [param for param in part.parameters() if param.requires_grad]
-        optimizer = torch.optim.Adam(params, lr=lr, eps=self.settings.adam_epsilon, fused=True)
+        is_on_gpu = self.device.type != "cpu"  # whose updates are recorded
+        optimizer = torch.optim.Adam(params, lr=lr, eps=self.settings.adam_epsilon, fused=True, capturable=is_on_gpu)
         self.register_optimizer(
             module_id=module_id, optimizer_name=name, optimizer=optimizer, params=params, lr_or_lr_schedule=lr
         )
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Takes over weights and optimizers, whose rates stay those of this run's settings."""
-        rates = [
-            (optimizer, [(group["lr"], group["eps"]) for group in optimizer.param_groups])
+        own = ("lr", "eps", "capturable")
+        settings = [
+            (optimizer, [{name: group[name] for name in own} for group in optimizer.param_groups])
             for _, optimizer in self.get_optimizers_for_module(DEFAULT_MODULE_ID)
         ]
         super().set_state(state)
-        for optimizer, by_group in rates:
-            for group, (lr, epsilon) in zip(optimizer.param_groups, by_group, strict=True):
-                group["lr"], group["eps"] = lr, epsilon
+        for optimizer, by_group in settings:
+            for group, kept in zip(optimizer.param_groups, by_group, strict=True):
+                group.update(kept)
+        self._graphed = GraphedUpdate(self._update_once)  # the record is of moments that are no longer there
 
     def compute_loss_for_module(self, **kwargs: Any) -> Tensor:
         """RLlib's own update does not serve this learner.
@@ -118,8 +123,10 @@ class LatentDQNLearner(TorchLearner):
         while len(steps) < len(own.action):
             first, last = len(steps), self._last_with_this_target(updates_before, len(steps), len(own.action))
             part = {name: column[first:last] for name, column in columns.items()}
-            part[QF_TARGET_NEXT_OUTPUTS] = self._target_outputs(part["next_obs"])
-            steps += [self._update_once({name: x[i] for name, x in part.items()}) for i in range(last - first)]
+            if not self._is_target_for_one:
+                part[QF_TARGET_NEXT_OUTPUTS] = self._target_outputs(part["next_obs"])
+            update = self._update_once if self._on_cpu or self.distributed else self._graphed
+            steps += [update({name: x[i] for name, x in part.items()}) for i in range(last - first)]
             self._move_target(updates_before + last)
         compat.count_call(self)
         td_losses, errors, outputs, grad_norms = zip(*steps, strict=True)
@@ -127,7 +134,8 @@ class LatentDQNLearner(TorchLearner):
         figures = {"td_loss": float(torch.stack(td_losses).mean()), "q_mean": float(values.mean())}
         figures["td_error_mean"] = float(td_errors.mean())
         if self.settings.grad_clip:
-            figures["grad_norm"] = float(np.mean([float(norm) for norm in grad_norms]))
+            norms = grad_norms if self._on_cpu else torch.stack(grad_norms).tolist()  # waits for the GPU once
+            figures["grad_norm"] = float(np.mean(norms))
         figures["update_s"] = (time.perf_counter() - started) / len(steps)
         return LearnerReport(own.ids.reshape(-1), td_errors.cpu().numpy(), figures)
 
@@ -147,10 +155,14 @@ class LatentDQNLearner(TorchLearner):
         each; where the encoder is in the module a minibatch is large enough already.
         """
         settings = self.settings
-        if settings.target_tau > 0 or self.q_module.network.encoder is not None:
+        if self._is_target_for_one:
             return first + 1
         until_copy = settings.target_update_updates - (updates_before + first) % settings.target_update_updates
         return min(first + until_copy, num_updates)
+
+    @property
+    def _is_target_for_one(self) -> bool:
+        return self.settings.target_tau > 0 or self.q_module.network.encoder is not None
 
     def _target_outputs(self, next_obs: Tensor) -> Tensor:
         """(U, b, K, ...) -> the target network's outputs (U, b, A) or (U, b, A, N)."""
@@ -158,8 +170,14 @@ class LatentDQNLearner(TorchLearner):
             outputs = self.q_module.target_outputs(next_obs.flatten(0, 1))
         return outputs.view(*next_obs.shape[:2], *outputs.shape[1:])
 
-    def _update_once(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, float | Tensor]:
-        """One update; its loss (), TD errors (b,), the network's outputs (b, A) or (b, A, N), and gradient norm."""
+    def _update_once(self, batch: dict[str, Tensor]) -> tuple[Any, ...]:
+        """One update; its loss (), TD errors (b,), the network's outputs (b, A) or (b, A, N), and gradient norm.
+
+        The target network's outputs are worked out here where `batch` holds none. The norm is a tensor on a GPU.
+        """
+        if QF_TARGET_NEXT_OUTPUTS not in batch:
+            target = self._target_outputs(batch["next_obs"][None])[0]
+            batch = {**batch, QF_TARGET_NEXT_OUTPUTS: target}
         outputs = self._forward(batch)
         td = self._td_loss(batch, outputs)
         optimizers = self.get_optimizers_for_module(DEFAULT_MODULE_ID)

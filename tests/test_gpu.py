@@ -22,8 +22,8 @@ from rllib_ext.settings import QConfig
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 
 
-@pytest.fixture(scope="module")
-def _gpu_session():
+@pytest.fixture(scope="module", autouse=True)
+def _session():
     ray.init("local", num_cpus=3, object_store_memory=200 << 20, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
@@ -42,7 +42,7 @@ def both_learners(tmp_path, mode: str, q: QConfig, **training):
 @pytest.mark.parametrize("q", [QConfig((32,), dueling=True), test_learner.C51])
 def test_a_gpu_learns_what_the_cpu_learns(tmp_path, mode, q):
     on_cpu, on_gpu = both_learners(tmp_path, mode, q, grad_clip=0.05, target_update_updates=3, adam_epsilon=1e-2)
-    for seed in range(3):
+    for seed in range(6):  # a few eager updates, then their record
         batch = test_learner.random_batch(mode, 32, seed)
         wanted, got = (test_learner.update(learner, batch, 2 * seed) for learner in (on_cpu, on_gpu))
         assert got.ids.tolist() == wanted.ids.tolist()
@@ -51,20 +51,22 @@ def test_a_gpu_learns_what_the_cpu_learns(tmp_path, mode, q):
     assert {parameter.device.type for parameter in on_gpu.q_module.parameters()} == {"cuda"}
     learnt = test_learner.weights(on_cpu)
     for name, value in test_learner.weights(on_gpu).items():
-        torch.testing.assert_close(value.cpu(), learnt[name], atol=5e-4, rtol=0, msg=name)
+        torch.testing.assert_close(value.cpu(), learnt[name], atol=1e-3, rtol=0, msg=name)
 
 
 def test_the_state_of_a_gpu_goes_on_on_the_cpu_and_back(tmp_path):
     on_cpu, on_gpu = both_learners(tmp_path, "finetune", QConfig((32,)), adam_epsilon=1e-2)
-    first, second = (test_learner.random_batch("finetune", 16, seed) for seed in range(2))
-    test_learner.update(on_gpu, first)
+    for seed in range(6):
+        test_learner.update(on_gpu, test_learner.random_batch("finetune", 16, seed), seed)
+    second = test_learner.random_batch("finetune", 16, 1)
     on_cpu.set_state(on_gpu.get_state())
     wanted = test_learner.update(on_cpu, second, 1)
     np.testing.assert_allclose(test_learner.update(on_gpu, second, 1).td_errors, wanted.td_errors, atol=2e-3)
     on_gpu.set_state(on_cpu.get_state())
-    third = test_learner.random_batch("finetune", 16, 2)
-    wanted = test_learner.update(on_cpu, third, 2)
-    np.testing.assert_allclose(test_learner.update(on_gpu, third, 2).td_errors, wanted.td_errors, atol=2e-3)
+    for seed in range(2, 8):
+        batch = test_learner.random_batch("finetune", 16, seed)
+        wanted = test_learner.update(on_cpu, batch, seed)
+        np.testing.assert_allclose(test_learner.update(on_gpu, batch, seed).td_errors, wanted.td_errors, atol=2e-3)
 
 
 def test_bf16_on_a_gpu_stays_close_to_float32(tmp_path):
@@ -83,7 +85,6 @@ def test_a_gpu_that_is_not_there_is_refused(tmp_path):
         config.learners(local_gpu_idx=99).check()
 
 
-@pytest.mark.usefixtures("_gpu_session")
 @pytest.mark.parametrize("num_learners", [0, 1])
 def test_an_agent_trains_and_resumes_on_a_gpu(tmp_path, num_learners):
     config = toy_config("finetune", make_encoder(tmp_path / "encoder", catch_preprocess(), TOY_VAE))
@@ -102,7 +103,6 @@ def test_an_agent_trains_and_resumes_on_a_gpu(tmp_path, num_learners):
     resumed.stop()
 
 
-@pytest.mark.usefixtures("_gpu_session")
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 0.01), ("bf16", 0.03)])
 def test_pretraining_on_a_gpu_ends_where_the_cpu_does(tmp_path, precision, tolerance):
     dataset = toy_dataset(tmp_path / "d", [60] * 12, num_files=3)
@@ -117,7 +117,6 @@ def test_pretraining_on_a_gpu_ends_where_the_cpu_does(tmp_path, precision, toler
     assert load_encoder(on_gpu.bundle_path, expect_sha256=on_gpu.sha256).stats.num_active == on_gpu.active_units
 
 
-@pytest.mark.usefixtures("_gpu_session")
 def test_a_pretraining_goes_on_from_its_checkpoint_on_a_gpu(tmp_path):
     dataset = toy_dataset(tmp_path / "d", [60] * 12, num_files=3)
     config = replace(test_pretrain.CONFIG, num_gpus_per_worker=1)
