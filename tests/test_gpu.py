@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import catch
 import numpy as np
 import pytest
 import ray
@@ -24,9 +25,11 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch see
 
 @pytest.fixture(scope="module", autouse=True)
 def _session():
+    ray.cloudpickle.register_pickle_by_value(catch)  # workers do not see this folder
     ray.init("local", num_cpus=3, object_store_memory=200 << 20, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+    ray.cloudpickle.unregister_pickle_by_value(catch)
 
 
 def both_learners(tmp_path, mode: str, q: QConfig, **training):
