@@ -1,7 +1,8 @@
 """Rally: a small pixel game that a Q-learner learns within minutes, behind both libraries' interfaces.
 
-A ball falls diagonally, bounces off the walls, and is to be met by a paddle below; the next ball follows at once, ten
-in a game. Its direction shows only between frames. Each ball met is +1 and each missed -1, so a game returns -10 to 10.
+A ball falls diagonally, bounces off the walls, and is to be met by a paddle below; the next ball follows at once. Its
+direction shows only between frames. A ball met is +1; a game is over with the first one missed, which is -1, or with the
+tenth one met: it returns -1 to 10.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import numpy as np
 from pipeline.atari import Step
 from pipeline.schema import Preprocess
 
-CELLS = 16
-CELL_PIXELS = 3
+CELLS = 12
+CELL_PIXELS = 4
 SIZE = CELLS * CELL_PIXELS
 PADDLE = 3
 BALLS = 10
@@ -79,9 +80,10 @@ class VectorRally:
         self._ball[playing, 1] += self._drift[playing]
         self._ball[playing, 0] += 1
         for e in playing[self._ball[playing, 0] == CELLS - 1]:
-            rewards[e] = 1.0 if 0 <= self._ball[e, 1] - self._paddle[e] < PADDLE else -1.0
+            met = 0 <= self._ball[e, 1] - self._paddle[e] < PADDLE
+            rewards[e] = 1.0 if met else -1.0
             self._left[e] -= 1
-            self._over[e] = self._left[e] == 0
+            self._over[e] = not met or self._left[e] == 0
             if not self._over[e]:
                 self._drop(e)
         return self._result(rewards)
