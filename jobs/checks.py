@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import ray
 
 from jobs import joining
+from jobs.autoscaler import autoscaler
 from jobs.needs import Needs
 from jobs.node_probe import NodeProbe
 from jobs.nodes import Answers, Node, Nodes
@@ -239,7 +240,11 @@ def cpus(needs: Needs | None) -> Findings:
         )
         return
     wanted = f"{needs.what} take {needs.cpus:g} at once; Ray has {has:g}, of which {free:g} are free now"
-    if needs.cpus > has:
+    if needs.cpus > has and autoscaler() is not None:
+        yield Finding(
+            "CPUs", WARN, wanted, "the stage will ask the autoscaler for the rest; see that it may add so many"
+        )
+    elif needs.cpus > has:
         yield Finding("CPUs", BAD, wanted, "ask for fewer workers, or add nodes")
     elif needs.cpus > free:
         yield Finding("CPUs", WARN, wanted, "wait until others have ended, or ask for fewer workers")

@@ -9,12 +9,14 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import psutil
 import ray
 
+from jobs import room
 from jobs.joining import require_joinable
 from jobs.loopback import on_loopback
 from jobs.watch import watched
@@ -22,48 +24,80 @@ from jobs.workspace import JOB_VARIABLE, Workspace
 from pipeline import secrets
 from pipeline.errors import UserError
 
-DRIVER_CPUS_VARIABLE = "LATENTRL_DRIVER_CPUS"  # what Ray keeps for this process, where it is a job's driver
 _OBJECT_STORE_BYTES = 1 << 30
 _SMALLEST_OBJECT_STORE_BYTES = 80 << 20  # Ray refuses less than 75 MiB
+_END_BY_THEMSELVES_S = 2.0
 _SHARED_MEMORY = Path("/dev/shm")
 
 
 @contextlib.contextmanager
 def ray_session(workspace: Workspace, *, needs: dict[str, float], what: str, object_bytes: int = 0) -> Iterator[None]:
-    """Starts or joins Ray, checks that it has room, and leaves nothing of it behind.
+    """Starts or joins Ray, makes sure that it has room, and leaves nothing of it behind.
 
     Inside an enclosing session (the demo's) the running Ray is used.
 
     Args:
-        workspace: Says whether to start or to join.
+        workspace: Says whether to start or to join, and how long to wait for room.
         needs: Resources that the stage takes at once, for example {"CPU": 3}.
         what: The same in words, for the message ("2 collecting workers").
         object_bytes: What the stage would have in the object store of a node; with less it is slower, and says so.
 
     Raises:
-        UserError: The cluster does not answer, or has too few resources.
+        UserError: The cluster does not answer, or has too few resources and does not get them in time.
     """
     if ray.is_initialized():
-        _require(needs, what)
+        room.require(needs, what, workspace.wait_s)
         _note_small_object_stores(object_bytes)
         with watched(what, needs):
             yield
         return
     on_terminate = signal.getsignal(signal.SIGTERM)
+    own = set(psutil.Process().children(recursive=True))
     if workspace.ray_address is None:
-        _require_local(needs, what)
+        _require_local(needs, what, workspace.wait_s)
         _start_local()
     else:
         _join(workspace.ray_address)
     try:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own in its place
-        _require(needs, what)
+        room.require(needs, what, workspace.wait_s)
         _note_small_object_stores(object_bytes)
         with watched(what, needs):
             yield
     finally:
-        ray.shutdown()
+        _leave(own, is_local=workspace.ray_address is None)
+
+
+def _leave(own: set[psutil.Process], *, is_local: bool) -> None:
+    """Leaves the cluster, or ends a Ray of one's own with all its processes.
+
+    Some of these end only when they have noticed that the others are gone, on a busy machine long after this process.
+    """
+    rays = set(psutil.Process().children(recursive=True)) - own
+    ray.shutdown()
+    if not is_local:
+        return
+    late = _late(rays)
+    for process in late:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    _late(late)
+
+
+def _late(processes: Collection[psutil.Process]) -> list[psutil.Process]:
+    """Those that are still at work after a moment; the dead that nobody has buried, as in some containers, are not."""
+    until = time.monotonic() + _END_BY_THEMSELVES_S
+    while (late := [process for process in processes if _is_at_work(process)]) and time.monotonic() < until:
+        time.sleep(0.02)
+    return late
+
+
+def _is_at_work(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _start_local() -> None:
@@ -142,20 +176,11 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _require_local(needs: dict[str, float], what: str) -> None:
+def _require_local(needs: dict[str, float], what: str, wait_s: float | None) -> None:
+    if wait_s is not None:
+        raise UserError(f"--wait {wait_s:g} waits for a cluster's nodes; give --ray-address, or leave it out")
     cpus = os.cpu_count() or 1
     if needs.get("CPU", 0) > cpus:
         raise UserError(
             f"{what} need {needs['CPU']:g} CPUs, this machine has {cpus}; ask for fewer or give --ray-address"
         )
-
-
-def _require(needs: dict[str, float], what: str) -> None:
-    has = ray.cluster_resources()
-    has["CPU"] = has.get("CPU", 0) - float(os.environ.get(DRIVER_CPUS_VARIABLE, 0))
-    for resource, amount in needs.items():
-        if amount > has.get(resource, 0):
-            raise UserError(
-                f"{what} need {amount:g} {resource}s, Ray has {has.get(resource, 0):g} for them; "
-                "ask for fewer or add nodes"
-            )

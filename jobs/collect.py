@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from jobs import room
 from jobs.cluster import ray_session
 from jobs.progress import progress
 from jobs.workspace import Workspace
@@ -46,7 +47,8 @@ def run(
         resolution: "84x84" or "210x160".
         seed: Decides the dataset together with the arguments above.
         with_ram: Stores the RAM too.
-        num_workers: Collecting actors of one CPU each; by default one a CPU.
+        num_workers: Collecting actors of one CPU each; by default one a CPU of this machine, or of the cluster
+            where it is free at the start.
         epsilon: Share of random actions where a policy bundle plays.
         overwrite: Replaces an existing dataset.
 
@@ -55,13 +57,12 @@ def run(
     """
     preprocess = preprocess_for(game, protocol, _size(resolution))
     behaviour, facts = _behaviour(workspace, policy, preprocess, epsilon)
-    workers = os.cpu_count() or 1 if num_workers is None else num_workers
-    if workers < 1:
-        raise UserError(f"--num-workers is {workers}; ask for at least 1")
+    if num_workers is not None and num_workers < 1:
+        raise UserError(f"--num-workers is {num_workers}; ask for at least 1")
     require_room(out, frames, overwrite=overwrite)
     gauges = Gauges("collect", base_name(out), preprocess.game)
     with (
-        ray_session(workspace, needs={"CPU": workers}, what=f"{workers} collecting workers"),
+        ray_session(workspace, needs={"CPU": num_workers or 1}, what=_workers(num_workers)),
         progress(frames, f"collect {preprocess.game}", "frames", gauges) as bar,
     ):
         collected = collect(
@@ -72,11 +73,21 @@ def run(
             played_by={"policy": policy, **facts},
             seed=seed,
             with_ram=with_ram,
-            num_workers=workers,
+            num_workers=num_workers or _default_workers(workspace),
             overwrite=overwrite,
             on_rows=bar.advance,
         )
     return _described(collected, out)
+
+
+def _workers(num_workers: int | None) -> str:
+    if num_workers is None:
+        return "collecting workers"
+    return f"{num_workers} collecting worker{'s' * (num_workers != 1)}"
+
+
+def _default_workers(workspace: Workspace) -> int:
+    return os.cpu_count() or 1 if workspace.ray_address is None else room.free_cpus()
 
 
 def _size(resolution: str) -> tuple[int, int]:

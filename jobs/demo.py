@@ -50,6 +50,7 @@ def run(
     *,
     tracking_uri: str | None = None,
     ray_address: str | None = None,
+    wait_s: float | None = None,
     seed: int = 0,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -60,6 +61,7 @@ def run(
         plan: How large it is.
         tracking_uri: MLflow server instead of a sqlite file in `out`.
         ray_address: Running cluster instead of a local one.
+        wait_s: How long to wait for the cluster's room; see `room.require`.
         seed: Of data, encoder, agent and evaluation.
         overwrite: Replaces an earlier demo at `out`.
 
@@ -67,7 +69,7 @@ def run(
         The keys that `latentrl demo --json` prints.
     """
     started = time.monotonic()
-    workspace = Workspace.at(out, tracking_uri, ray_address)
+    workspace = Workspace.at(out, tracking_uri, ray_address, wait_s=wait_s)
     _require_replaceable(workspace.home, overwrite=overwrite)
     tracking = Tracking(workspace.tracking_uri)
     if tracking_uri is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -108,8 +107,9 @@ def needs_of(wish: Wish) -> Needs | None:
     if wish.stage is None:
         return None
     if wish.stage == "collect":
-        workers = os.cpu_count() or 1 if wish.num_workers is None else wish.num_workers
-        return Needs(f"{workers} collecting workers", float(workers))
+        if wish.num_workers is None:
+            return Needs("collecting workers, one a free CPU,", 1.0)
+        return Needs(f"{wish.num_workers} collecting workers", float(wish.num_workers))
     if wish.stage == "encode":
         return Needs("an encoding worker", 1.0)
     return _pretraining(wish) if wish.stage == "pretrain" else _training(wish)

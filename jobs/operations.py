@@ -100,7 +100,7 @@ def _doctor(commands: Any) -> None:
     p.add_argument("--storage", help="another folder or address that data is to lie at (s3://...)")
     p.add_argument("--set", action="append", default=[], metavar="k=v", help="change one setting, as for the stage")
     p.add_argument("--config", metavar="FILE", help="take settings from a YAML file")
-    p.add_argument("--num-workers", type=int, help="of collect (one a CPU of this machine)")
+    p.add_argument("--num-workers", type=int, help="of collect (one a CPU that is free)")
     p.add_argument("--num-env-runners", type=int, help="of train (1)")
     p.add_argument("--num-learners", type=int, help="of train (0)")
     p.add_argument("--mode", choices=("frozen", "finetune", "pixels"), help="of train (frozen)")

@@ -66,14 +66,38 @@ def share(text: str) -> float:
     return number
 
 
-def places(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that say where everything lies."""
+def seconds(text: str) -> float:
+    """Type of a duration."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no duration; give a number of seconds, 0 or more")
+    return number
+
+
+def places(parser: argparse.ArgumentParser, *, has_workers: bool = False) -> None:
+    """Adds the options that say where everything lies, and how long workers wait for room on a cluster."""
     group = parser.add_argument_group("places")
     group.add_argument(
         "--home", help=f"folder for runs, tracking database and artifacts (${HOME_VARIABLE}, {DEFAULT_HOME})"
     )
     group.add_argument("--tracking-uri", help="MLflow server instead of a sqlite file under --home")
     group.add_argument("--ray-address", help="running Ray cluster (HOST:PORT or auto) instead of a local one")
+    if has_workers:
+        waiting(group)
+
+
+def waiting(group: Any) -> None:
+    """Adds the option of stages that need more of a cluster than it may have at their start."""
+    group.add_argument(
+        "--wait",
+        type=seconds,
+        metavar="SECONDS",
+        help="wait so long for room on the cluster, made by its autoscaler or by nodes that you add (0; with an "
+        "autoscaler 600, as long as nodes come)",
+    )
 
 
 def gathered(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +111,7 @@ def gathered(parser: argparse.ArgumentParser) -> None:
 
 def workspace_of(options: Options) -> Workspace:
     """The places that the options name."""
-    given = (getattr(options, name, None) for name in ("home", "tracking_uri", "ray_address", "pipeline"))
+    given = (getattr(options, name, None) for name in ("home", "tracking_uri", "ray_address", "pipeline", "wait"))
     return Workspace.at(*given)
 
 

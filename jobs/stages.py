@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jobs.options import Options, Result, facts, gathered, places, seed, share, stage, workspace_of
+from jobs.options import Options, Result, facts, gathered, places, seed, share, stage, waiting, workspace_of
 from pipeline.protocols import PROTOCOLS, RESOLUTIONS
 
 EVALUATED = ("mean_return", "ci95_low", "ci95_high", "episodes", "human_normalised")
@@ -83,9 +83,9 @@ def _collect(stages: Any) -> None:
     p.add_argument("--resolution", default="84x84", help=f"height x width: {', '.join(RESOLUTIONS)} (84x84)")
     p.add_argument("--seed", type=seed, default=0, help="decides the dataset (0)")
     p.add_argument("--with-ram", action="store_true", help="store the 128 bytes of RAM beside each frame (slower)")
-    p.add_argument("--num-workers", type=int, help="collecting workers of one CPU each (one a CPU)")
+    p.add_argument("--num-workers", type=int, help="collecting workers of one CPU each (one a CPU that is free)")
     p.add_argument("--overwrite", action="store_true", help="replace the dataset at --out")
-    places(p)
+    places(p, has_workers=True)
 
 
 def _data(stages: Any) -> None:
@@ -153,7 +153,7 @@ def _pretrain(stages: Any) -> None:
     p.add_argument("--promote", action="store_true", help="set alias champion whatever the present one's figures")
     _resume_options(p)
     gathered(p)
-    places(p)
+    places(p, has_workers=True)
 
 
 def _encode(stages: Any) -> None:
@@ -176,7 +176,7 @@ def _encode(stages: Any) -> None:
     )
     p.add_argument("--out", required=True, metavar="DIR", help="folder or address of the dataset of latents")
     p.add_argument("--overwrite", action="store_true", help="replace what is at --out")
-    places(p)
+    places(p, has_workers=True)
 
 
 def _train(stages: Any) -> None:
@@ -226,7 +226,7 @@ def _train(stages: Any) -> None:
     p.add_argument("--register", metavar="NAME", help="name of the registered policy (GAME-agent)")
     _resume_options(p)
     gathered(p)
-    places(p)
+    places(p, has_workers=True)
 
 
 def _evaluate(stages: Any) -> None:
@@ -267,7 +267,12 @@ def _demo(stages: Any) -> None:
         from jobs import demo
 
         return demo.run(
-            o.out, tracking_uri=o.tracking_uri, ray_address=o.ray_address, seed=o.seed, overwrite=o.overwrite
+            o.out,
+            tracking_uri=o.tracking_uri,
+            ray_address=o.ray_address,
+            wait_s=o.wait,
+            seed=o.seed,
+            overwrite=o.overwrite,
         )
 
     p = stage(
@@ -280,6 +285,7 @@ def _demo(stages: Any) -> None:
     p.add_argument("--overwrite", action="store_true", help="replace an earlier demo at --out")
     p.add_argument("--tracking-uri", help="MLflow server instead of a sqlite file under --out")
     p.add_argument("--ray-address", help="running Ray cluster (HOST:PORT or auto) instead of a local one")
+    waiting(p)
 
 
 def _recipes(stages: Any) -> None:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.cluster import DRIVER_CPUS_VARIABLE
 from jobs.options import Options
 from jobs.package import Package, pinned_environment
+from jobs.room import DRIVER_CPUS_VARIABLE
 from jobs.workspace import HOME_VARIABLE, JOB_VARIABLE
 from pipeline.commit import COMMIT_VARIABLE
 from pipeline.errors import UserError

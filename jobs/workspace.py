@@ -33,12 +33,14 @@ class Workspace:
         tracking_uri: MLflow's address; by default a sqlite file under `home`.
         ray_address: A running Ray cluster, or None for a local one that the command starts and stops.
         pipeline: Name of the MLflow run under which the stages' runs are gathered, if they are.
+        wait_s: How long a stage waits for the cluster's room; see `room.require`.
     """
 
     home: Path
     tracking_uri: str
     ray_address: str | None = None
     pipeline: str | None = None
+    wait_s: float | None = None
 
     @classmethod
     def at(
@@ -47,6 +49,7 @@ class Workspace:
         tracking_uri: str | None = None,
         ray_address: str | None = None,
         pipeline: str | None = None,
+        wait_s: float | None = None,
     ) -> Workspace:
         """Builds a workspace from what the user gave; the folder is made when something is first written.
 
@@ -62,7 +65,7 @@ class Workspace:
         if path.exists() and not path.is_dir():
             raise UserError(f"--home {path} is a file; name a folder")
         gathered = pipeline or os.environ.get(PIPELINE_VARIABLE) or None
-        return cls(path, tracking_uri or f"sqlite:///{path}/mlflow.db", ray_address, gathered)
+        return cls(path, tracking_uri or f"sqlite:///{path}/mlflow.db", ray_address, gathered, wait_s)
 
     @property
     def runs(self) -> Path:

@@ -35,6 +35,9 @@ from infra_files import (
 )
 from sqlalchemy.engine import make_url
 
+from jobs import termination
+from jobs.submission import GRACE_S
+
 # --- against schemas
 
 
@@ -229,10 +232,17 @@ def cpus_of(command: str) -> int:
     )
 
 
-def test_clusters_start_with_room_for_their_commands() -> None:
-    groups = CLUSTER["spec"]["workerGroupSpecs"]
+def test_the_time_to_write_a_checkpoint_is_the_same_everywhere() -> None:
+    assert {template["spec"]["terminationGracePeriodSeconds"] for template in ray_templates()} == {GRACE_S}
+    assert set(re.findall(r'"RAY_JOB_STOP_WAIT_TIME_S": "(\d+)"', README)) == {str(GRACE_S)}
+    assert re.findall(r"They are granted\s(\d+): by `latentrl submit`", README) == [str(GRACE_S)]
+    assert termination.REACH_S < GRACE_S  # for what is written then
+
+
+def test_clusters_can_grow_to_the_room_of_their_commands() -> None:
+    groups = [group for group in CLUSTER["spec"]["workerGroupSpecs"] if group["groupName"] == "cpu"]
     room = sum(
-        group["minReplicas"] * int(group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
+        group["maxReplicas"] * int(group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
         for group in groups
     )
     submitted = commands("\n".join(re.findall(r"^latentrl submit .*$", joined(KUBERNETES), re.MULTILINE)))

@@ -46,6 +46,10 @@ class Node(Program):
         cpus: That it offers.
         role: Options of `ray start` that tell head and workers apart.
         variables: What its owner has put into its environment.
+
+    Attributes:
+        options: More of `ray start`'s.
+        before: Shell commands that its namespaces' first process runs before Ray.
     """
 
     name = "node"
@@ -58,7 +62,8 @@ class Node(Program):
         self.log = self.folder / "log.txt"
         self.process = None
         self.here = cluster / "here"
-        self._role, self._variables = list(role), dict(variables)
+        self.options, self._variables = list(role), dict(variables)
+        self.before: list[str] = []
         self._ports = free_ports(4)
         for folder in ("t", "work", "home"):
             (self.folder / folder).mkdir(parents=True)
@@ -73,14 +78,14 @@ class Node(Program):
         """Enters the namespaces, mounts the node's disk, hides the others' and starts Ray."""
         here, disks = shlex.quote(str(self.here)), shlex.quote(str(self.here.parent / "disks"))
         mounts = f"mount --bind {shlex.quote(str(self.folder))} {here} && mount -t tmpfs none {disks}"
-        script = f"{mounts} && cd {here}/work && exec {shlex.join(self._ray_start())}"
+        script = " && ".join([mounts, *self.before, f"cd {here}/work", f"exec {shlex.join(self._ray_start())}"])
         return [*UNSHARE, "sh", "-c", script]
 
     def _ray_start(self) -> list[str]:
         names = "dashboard-agent-listen-port dashboard-agent-grpc-port metrics-export-port runtime-env-agent-port"
         ports = [f"--{name}={port}" for name, port in zip(names.split(), self._ports, strict=True)]
         return [
-            *(str(BIN / "ray"), "start", "--block", *self._role, *ports),
+            *(str(BIN / "ray"), "start", "--block", *self.options, *ports),
             *("--node-ip-address", self.ip, "--temp-dir", str(self.here / "t")),
             *("--num-cpus", str(self.cpus), "--num-gpus", "0", "--resources", f'{{"node:{self.name}": 1}}'),
             *("--object-store-memory", str(OBJECT_STORE_BYTES), "--min-worker-port", "0", "--max-worker-port", "0"),
