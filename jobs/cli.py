@@ -1,7 +1,8 @@
 """`latentrl STAGE`: arguments in, one stage's `run` called, a result out.
 
 Exit codes: 0 done; 1 a check found faults, or a job that was watched has failed; 2 bad input (one line says what to
-do); 3 done, but the tracking server has not heard of it yet; 130 interrupted; 143 terminated, and what can be kept is.
+do); 3 done, but the tracking server has not heard of it yet; 130 interrupted; 141 whoever read its output has gone;
+143 terminated, and what can be kept is.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from jobs import termination
+from jobs import readers, termination
 from jobs.job_commands import add_job_commands
 from jobs.operations import add_operations
 from jobs.stages import add_stages
@@ -32,7 +33,7 @@ The way of the data:  collect -> pretrain -> train -> evaluate -> report   (`lat
 """
 EPILOG = """\
 exit codes: 0 done, 1 a check found faults, 2 bad input, 3 done but the tracking server is behind, 130 interrupted,
-143 terminated: what a stage can keep is kept
+141 nobody reads its output any more, 143 terminated: what a stage can keep is kept
 """
 
 
@@ -56,6 +57,16 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a stage and returns the exit code."""
+    try:
+        try:
+            return _main(arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        return readers.let_go()
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     options = parser().parse_args(arguments)
     termination.install()
     try:
@@ -74,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(ended.line, file=sys.stderr)
         return 143
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and readers.have_gone():
+            raise
         user_error = _user_error_behind(error)
         if user_error is None:
             print(without_passwords(traceback.format_exc()), file=sys.stderr)

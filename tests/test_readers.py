@@ -1,0 +1,50 @@
+"""Commands whose output nobody reads any more end without a word."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs import readers
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def python(*arguments: object, cwd: Path, cut: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs Python, with one of its outputs a pipe that is closed at the other end."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    outputs = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | ({cut: writer} if cut else {})
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *map(str, arguments)]
+    try:
+        return subprocess.run(command, text=True, cwd=cwd, env=environment, timeout=120, **outputs)
+    finally:
+        os.close(writer)
+
+
+@pytest.mark.parametrize("arguments", ["recipes", "recipes --json", "--help", "train --help"])
+def test_nobody_reads_the_result(tmp_path: Path, arguments: str) -> None:
+    done = python("-m", "jobs.cli", *arguments.split(), cwd=tmp_path, cut="stdout")
+    assert (done.returncode, done.stderr) == (readers.EXIT_CODE, "")
+
+
+def test_nobody_reads_the_complaint(tmp_path: Path) -> None:
+    done = python("-m", "jobs.cli", "data", "info", "nowhere", cwd=tmp_path, cut="stderr")
+    assert (done.returncode, done.stdout) == (readers.EXIT_CODE, "")
+
+
+def test_another_broken_pipe_is_not_taken_for_one(tmp_path: Path) -> None:
+    program = (
+        "import jobs.recipes, jobs.cli\n"
+        "def described(): raise BrokenPipeError(32, 'of a socket')\n"
+        "jobs.recipes.described = described\n"
+        "raise SystemExit(jobs.cli.main(['recipes']))"
+    )
+    done = python("-c", program, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "of a socket" in done.stderr
