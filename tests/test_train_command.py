@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -57,16 +58,21 @@ def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:
         time.sleep(0.05)
 
 
-def kill_with_its_family(running: subprocess.Popen) -> None:
-    """As a power cut would: the driver, Ray's own processes and the rollout workers."""
-    family = psutil.Process(running.pid).children(recursive=True)
-    assert any("gcs_server" in process.name() for process in family)
-    os.killpg(running.pid, signal.SIGKILL)
-    for process in family:
-        if process.is_running():
-            process.kill()
-    running.wait()
-    psutil.wait_procs(family, timeout=30)
+@contextlib.contextmanager
+def killed_with_its_family(*arguments: str) -> Iterator[subprocess.Popen]:
+    """A command under way; at the end, whatever has come of it, all goes as in a power cut: driver, Ray and workers."""
+    running = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        yield running
+    finally:
+        family = psutil.Process(running.pid).children(recursive=True) if running.poll() is None else []
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGKILL)
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        running.wait()
+        psutil.wait_procs(family, timeout=30)
 
 
 def replay_rows(checkpoint: Path) -> dict[str, np.ndarray]:
@@ -83,17 +89,12 @@ def figures_of(folder: Path) -> list[dict]:
 def test_a_killed_run_with_a_learner_of_its_own_goes_on_from_its_last_checkpoint(tmp_path, encoder):
     folder = tmp_path / "runs" / "train-pong-frozen-001"
     state = folder / "checkpoint" / "state.json"
-    running = subprocess.Popen(
-        command(tmp_path, encoder, 10**6, "--num-learners", "1"),
-        cwd=ROOT,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    wait_for(state.is_file)
-    first = state.stat().st_mtime_ns
-    wait_for(lambda: state.is_file() and state.stat().st_mtime_ns > first)
-    wait_for(lambda: (folder / "metrics.jsonl").is_file())
-    kill_with_its_family(running)
+    with killed_with_its_family(*command(tmp_path, encoder, 10**6, "--num-learners", "1")) as running:
+        wait_for(state.is_file)
+        first = state.stat().st_mtime_ns
+        wait_for(lambda: state.is_file() and state.stat().st_mtime_ns > first)
+        wait_for(lambda: (folder / "metrics.jsonl").is_file())
+        assert any("gcs_server" in process.name() for process in psutil.Process(running.pid).children(recursive=True))
     checkpoint = find_checkpoint(folder / "checkpoint")
     assert checkpoint is not None
     at_kill, rows_at_kill = load_state(checkpoint, "state"), replay_rows(checkpoint)
