@@ -37,7 +37,8 @@ from rllib_ext.algorithm import LatentDQN
 from rllib_ext.config import LatentDQNConfig
 
 FRAGMENTS, UPDATES, REPEATS = 40, 64, 5
-FRAMES = 64
+SHORT_WORKERS = 1
+FRAMES, FRAMES_A_GPU = 64, 4096  # encoded at a time
 FAST = {"sleeps": False, "envs_per_runner": 64}
 RUNS = {  # name: workers, changes
     **{f"{n} sleeping worker{'s' * (n > 1)}": (n, {}) for n in (1, 2, 4, 8, 16, 24)},
@@ -71,6 +72,7 @@ def _parts(algorithm: LatentDQN) -> dict[str, Any]:
     update_s = statistics.median(_timed(lambda: algorithm._learn(UPDATES)) / UPDATES for _ in range(REPEATS))
     return {
         "agent_steps_a_fragment": steps,
+        "envs_a_worker": settings.envs_per_runner,
         "worker_s_per_step": statistics.median(seconds) / steps,
         **{
             f"worker_{part}_s_per_step": statistics.median(f.seconds[part] for f in fragments) / steps
@@ -112,17 +114,25 @@ def _serialized_bytes(value: Any) -> int:
 
 
 def encoder_rates() -> dict[str, float]:
-    """Frames per second of one core, 64 at a time: the encoder, and with the stacking for Q."""
+    """Frames per second of the encoder alone: of one core, 64 at a time, and of a GPU where there is one."""
     preprocess = preprocess_for("pong")
     encoder = artifact.from_scratch(PRETRAIN_RECIPES["vae"].model, preprocess).eval()
-    frames = torch.randint(0, 256, (FRAMES, preprocess.height, preprocess.width), dtype=torch.uint8)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        seconds = [_timed(lambda: encoder.encode(frames)) for _ in range(100)]
+        rates = {"encoder_frames_per_s_a_core": _encoder_rate(encoder, FRAMES, "cpu")}
     finally:
         torch.set_num_threads(threads)
-    return {"encoder_frames_per_s_a_core": FRAMES / float(np.median(seconds))}
+    if torch.cuda.is_available():
+        rates["encoder_frames_per_s_a_gpu"] = _encoder_rate(encoder.to("cuda"), FRAMES_A_GPU, "cuda")
+    return rates
+
+
+def _encoder_rate(encoder: artifact.Encoder, num_frames: int, device: str) -> float:
+    preprocess = encoder.preprocess
+    shape = (num_frames, preprocess.height, preprocess.width)
+    frames = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+    return num_frames / float(np.median([_timed(lambda: encoder.encode(frames).cpu()) for _ in range(100)]))
 
 
 def driver_rate(part: dict[str, Any], ratio: float | None = None) -> float:
@@ -158,11 +168,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for name, config in configs.items():
             measured[name] = parts(config)
             print(f"{name}: {driver_rate(measured[name]):,.0f} agent steps/s a driver", file=sys.stderr, flush=True)
+    settle_s = 0.0 if options.short else 3.0
     bench, cores, runs = Bench(options.results, is_fresh=options.fresh), os.cpu_count() or 1, {}
     for name, (num_workers, changes) in RUNS.items():
+        if options.short and num_workers > SHORT_WORKERS:
+            continue
         part, num_envs = measured["tireless" if changes else "sleeping"], changes.get("envs_per_runner", NUM_ENVS)
         ratio = changes.get("updates_per_agent_step", UPDATES_PER_AGENT_STEP)
-        found = bench.figures(Cell("scaling", {"num_workers": num_workers, **changes}, options.seconds, 3.0, 0))
+        found = bench.figures(Cell("scaling", {"num_workers": num_workers, **changes}, options.seconds, settle_s, 0))
         rate = predicted(part, num_workers, 0.0 if changes else STEP_S, num_envs, ratio, cores)
         runs[name] = {"predicted": rate, "measured": found["agent_steps_per_s"], "cpu_s": found["cpu_s_per_agent_step"]}
         print(f"{name}: {runs[name]['measured']:,.0f}/s, predicted {rate:,.0f}/s", file=sys.stderr, flush=True)
@@ -174,6 +187,22 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "machine": results.machine(),
         "versions": versions(),
     }
+
+
+def _workers_a_driver(part: dict[str, Any]) -> float:
+    return driver_rate(part) * float(part["worker_s_per_step"])
+
+
+def _wall(part: dict[str, Any]) -> str:
+    """What the driver's time goes into first: the wall that more workers run into."""
+    ratio = part["updates_per_agent_step"]
+    shares = {
+        "taking steps over": part["take_s_per_step"],
+        "updates": ratio * part["update_s"],
+        "publishing": ratio * part["publish_s"] / part["updates_a_publication"],
+    }
+    first = max(shares, key=lambda name: shares[name])
+    return f"{first}, {shares[first] / sum(shares.values()):.0%}"
 
 
 def table(result: dict[str, Any]) -> str:
@@ -194,12 +223,20 @@ def table(result: dict[str, Any]) -> str:
         ("... worker loads, ms", lambda p: 1e3 * p["load_s"], ".2f"),
         ("updates an agent step", lambda p: p["updates_per_agent_step"], "g"),
         ("one driver with its learner, agent steps/s", driver_rate, ",.0f"),
-        ("... is kept busy by so many workers' cores", lambda p: driver_rate(p) * p["worker_s_per_step"], ".1f"),
+        ("... emulator frames/s", lambda p: preprocess_for("pong").frame_skip * driver_rate(p), ",.0f"),
+        ("... MB/s that reach it", lambda p: driver_rate(p) * p["bytes_per_step"] / 1e6, ".2f"),
+        ("... is kept busy by so many workers' cores", _workers_a_driver, ".1f"),
+        ("... and so many games at once", lambda p: _workers_a_driver(p) * p["envs_a_worker"], ".0f"),
+        ("... most of its time goes into", _wall, "s"),
     ]
     lines = [f"| | {' | '.join(names)} |", "|---|---|---|---|"]
     for what, figure, form in rows:
         cells = [format(figure(result["parts"][name]), form) for name in names]
         lines.append(f"| {what} | {' | '.join(cells)} |")
+    for place in ("core", "gpu"):
+        rate = result.get(f"encoder_frames_per_s_a_{place}")
+        measured = f"{rate:,.0f} frames/s a {place}" if rate else f"not measured on a {place}"
+        lines += ["", f"The encoder alone: {measured}."]
     lines += [
         "",
         "| simulated environments | predicted, agent steps/s | measured | CPU ms a step |",
@@ -214,6 +251,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=10.0, help="measured window of a run (10)")
+    parser.add_argument(
+        "--short", action="store_true", help="few workers, to see that it runs; the figures say nothing"
+    )
     parser.add_argument("--results", type=Path, default=Path("latentrl-runs/bench/capacity"), help="kept runs")
     parser.add_argument("--fresh", action="store_true", help="measures again what has been kept")
     parser.add_argument("--json", action="store_true", help="ends with one JSON object")
