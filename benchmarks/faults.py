@@ -69,7 +69,7 @@ ROWS = (
     _row("SIGTERM in train", TRAIN, "everything, in a checkpoint; exit code 143", until_exit_143=30),
     _row(
         "`ray job stop` of train", "cluster/test_faults_job.py::test_a_stopped_job_keeps_its_state",
-        "everything, in a checkpoint, where the job gives it time (`RAY_JOB_STOP_WAIT_TIME_S=30`; Ray's default is 3)",
+        "everything, in a checkpoint, where the job gives it time (`RAY_JOB_STOP_WAIT_TIME_S=60`; Ray's default is 3)",
         until_stopped=30,
     ),
     _row(
@@ -153,6 +153,12 @@ ROWS = (
         "Parquet file damaged in the midst of a training",
         "test_pretrain.py::test_a_damaged_file_ends_training_in_one_clear_error",
         "nothing is trained on it: pages carry checksums; ends with code 2",
+    ),
+    _row(
+        "object store of the data away in pretrain",
+        "cluster/test_faults_store.py::test_a_pretraining_waits_for_its_data",
+        "everything: waits 5 minutes for it, then ends with code 2, and `--resume` goes on from the last checkpoint",
+        until_the_user_reads_why=120, from_its_return_until_it_goes_on=60,
     ),
     _row("killed while a checkpoint of pretrain is stored", f"{DAMAGED}[unsealed]", "the checkpoint before"),
     _row("checkpoint of pretrain cut in half", f"{DAMAGED}[half]", "the checkpoint before"),

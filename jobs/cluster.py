@@ -31,7 +31,9 @@ _SHARED_MEMORY = Path("/dev/shm")
 
 
 @contextlib.contextmanager
-def ray_session(workspace: Workspace, *, needs: dict[str, float], what: str, object_bytes: int = 0) -> Iterator[None]:
+def ray_session(
+    workspace: Workspace, *, needs: dict[str, float], what: str, object_bytes: int = 0, data: str | None = None
+) -> Iterator[None]:
     """Starts or joins Ray, makes sure that it has room, and leaves nothing of it behind.
 
     Inside an enclosing session (the demo's) the running Ray is used.
@@ -41,6 +43,7 @@ def ray_session(workspace: Workspace, *, needs: dict[str, float], what: str, obj
         needs: Resources that the stage takes at once, for example {"CPU": 3}.
         what: The same in words, for the message ("2 collecting workers").
         object_bytes: What the stage would have in the object store of a node; with less it is slower, and says so.
+        data: Address that the stage's workers read or write.
 
     Raises:
         UserError: The cluster does not answer, or has too few resources and does not get them in time.
@@ -48,7 +51,7 @@ def ray_session(workspace: Workspace, *, needs: dict[str, float], what: str, obj
     if ray.is_initialized():
         room.require(needs, what, workspace.wait_s)
         _note_small_object_stores(object_bytes)
-        with watched(what, needs):
+        with watched(what, needs, data):
             yield
         return
     on_terminate = signal.getsignal(signal.SIGTERM)
@@ -63,7 +66,7 @@ def ray_session(workspace: Workspace, *, needs: dict[str, float], what: str, obj
             signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own in its place
         room.require(needs, what, workspace.wait_s)
         _note_small_object_stores(object_bytes)
-        with watched(what, needs):
+        with watched(what, needs, data):
             yield
     finally:
         _leave(own, is_local=workspace.ray_address is None)

@@ -62,7 +62,7 @@ def run(
     require_room(out, frames, overwrite=overwrite)
     gauges = Gauges("collect", base_name(out), preprocess.game)
     with (
-        ray_session(workspace, needs={"CPU": num_workers or 1}, what=_workers(num_workers)),
+        ray_session(workspace, needs={"CPU": num_workers or 1}, what=_workers(num_workers), data=out),
         progress(frames, f"collect {preprocess.game}", "frames", gauges) as bar,
     ):
         collected = collect(

@@ -39,7 +39,7 @@ def run(workspace: Workspace, data: str, encoder: str, out: str, *, overwrite: b
     dataset.require_sound_files()
     gauges = Gauges("encode", base_name(out), dataset.preprocess.game)
     with (
-        ray_session(workspace, needs={"CPU": 1}, what="an encoding worker"),
+        ray_session(workspace, needs={"CPU": 1}, what="an encoding worker", data=data),
         progress(dataset.num_frames, f"encode {dataset.preprocess.game}", "frames", gauges) as bar,
     ):
         encoded = encode_dataset(dataset, resolved.path, out, overwrite=overwrite, on_frames=bar.advance)

@@ -11,8 +11,11 @@ from collections.abc import Iterator
 import ray
 from tqdm import tqdm
 
+from pipeline import storage
+from pipeline.patience import within
+
 SAY_EVERY_S = 40.0  # without progress
-_ANSWER_WITHIN_S = 5.0
+_ANSWER_WITHIN_S, _STORE_ANSWERS_WITHIN_S = 5.0, 14.0  # a store that hangs takes 13 s to be given up
 
 _last_progress = 0.0
 _is_watched = False
@@ -25,12 +28,13 @@ def sign_of_life() -> None:
 
 
 @contextlib.contextmanager
-def watched(what: str, needs: dict[str, float]) -> Iterator[None]:
+def watched(what: str, needs: dict[str, float], data: str | None = None) -> Iterator[None]:
     """Says on stderr, from a thread, when there has been no sign of life for long; Ray must be running.
 
     Args:
         what: Who waits ("2 collecting workers").
         needs: The resources that it takes at once.
+        data: Address that its workers read or write, which may be what is away.
     """
     global _is_watched
     if _is_watched:  # by an enclosing session
@@ -44,7 +48,8 @@ def watched(what: str, needs: dict[str, float]) -> Iterator[None]:
             now = time.monotonic()
             if now - max(said_at, _last_progress) >= SAY_EVERY_S:
                 said_at = now
-                tqdm.write(f"no progress for {now - _last_progress:.0f} s; {_situation(what, needs)}", file=sys.stderr)
+                lines = [f"no progress for {now - _last_progress:.0f} s", _situation(what, needs), *_away(data)]
+                tqdm.write("; ".join(lines), file=sys.stderr)
 
     sign_of_life()
     _is_watched = True
@@ -58,18 +63,23 @@ def watched(what: str, needs: dict[str, float]) -> Iterator[None]:
         thread.join(2.0)
 
 
+def _away(data: str | None) -> list[str]:
+    """What is wrong with the store of the data, if anything."""
+    if data is None:
+        return []
+    try:
+        found = within(_STORE_ANSWERS_WITHIN_S, lambda: storage.complaint(data), "watch-data")
+    except TimeoutError:
+        found = f"{storage.shown(data)} does not answer"
+    return [f"{found}; it is tried again and again"] if found else []
+
+
 def _situation(what: str, needs: dict[str, float]) -> str:
     """What Ray has of what is needed; Ray itself may be what does not answer."""
-    lines: list[str] = []
-
-    def ask() -> None:
-        with contextlib.suppress(Exception):
-            lines.append(_resources(what, needs))
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(_ANSWER_WITHIN_S)
-    return lines[0] if lines else "Ray does not answer"
+    try:
+        return within(_ANSWER_WITHIN_S, lambda: _resources(what, needs), "watch-ray")
+    except Exception:
+        return "Ray does not answer"
 
 
 def _resources(what: str, needs: dict[str, float]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +17,11 @@ from ray.data.datasource import Datasource, ReadTask
 
 from pipeline.errors import UserError
 from pipeline.order import RowRange
-from pipeline.storage import reason
+from pipeline.storage import is_away, is_object_store, reason
 from pipeline.store import FramesDataset
+
+AWAY_S = 300.0  # that a store may be away in the midst of reading
+LOOK_AGAIN_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -94,21 +98,34 @@ def _read_blocks(chunk: Chunk, place: Place, columns: tuple[str, ...]) -> list[p
 
 
 def read_rows(place: Place, rows: RowRange, columns: Sequence[str]) -> pa.Table:
-    """A range of rows of one file.
+    """A range of rows of one file; an object store that is away is waited for.
 
     Raises:
-        UserError: The file is damaged or unreadable; it is named.
+        UserError: The file is damaged or unreadable; it is named. Or its store has been away for AWAY_S.
     """
-    try:
-        with place.filesystem.open_input_file(f"{place.root}/{rows.file}") as source:
-            parquet = pq.ParquetFile(source, page_checksum_verification=True)
-            _require_types(parquet.schema_arrow, place.schema, columns)
-            return _slice(parquet, rows, columns)
-    except Exception as error:  # whatever a hostile file makes Arrow's parts raise
-        raise UserError(
-            f"{rows.file} of dataset {place.uri} is damaged or unreadable ({reason(error)}); "
-            f"`latentrl data check {place.uri}` names every bad file"
-        ) from None
+    until = time.monotonic() + AWAY_S
+    while True:
+        try:
+            return _read(place, rows, columns)
+        except Exception as error:  # whatever a hostile file makes Arrow's parts raise
+            if not (is_object_store(place.filesystem) and is_away(error)):
+                raise UserError(
+                    f"{rows.file} of dataset {place.uri} is damaged or unreadable ({reason(error)}); "
+                    f"`latentrl data check {place.uri}` names every bad file"
+                ) from None
+            if time.monotonic() > until:
+                raise UserError(
+                    f"the store of dataset {place.uri} has been away for {AWAY_S:.0f} s ({reason(error)}); mend that "
+                    "and run the command again, a training with --resume"
+                ) from None
+        time.sleep(LOOK_AGAIN_S)
+
+
+def _read(place: Place, rows: RowRange, columns: Sequence[str]) -> pa.Table:
+    with place.filesystem.open_input_file(f"{place.root}/{rows.file}") as source:
+        parquet = pq.ParquetFile(source, page_checksum_verification=True)
+        _require_types(parquet.schema_arrow, place.schema, columns)
+        return _slice(parquet, rows, columns)
 
 
 def _require_types(held: pa.Schema, wanted: pa.Schema, columns: Sequence[str]) -> None:

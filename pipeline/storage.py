@@ -41,6 +41,12 @@ _REASONS = {
     "No space left": "the disk is full",
 }
 
+# What they say of a store that may be back in a while.
+_AWAY = (
+    *("curlCode: 7,", "curlCode: 28,", "AWS Error NETWORK_CONNECTION", "AWS Error SERVICE_UNAVAILABLE"),
+    *("AWS Error INTERNAL_FAILURE", "AWS Error SLOW_DOWN", "HTTP status 5"),
+)
+
 
 def locate(address: str) -> tuple[pafs.FileSystem, str]:
     """The file system and the path inside it of an address; a store is asked nothing but, at Amazon, its region.
@@ -87,6 +93,25 @@ def reason(error: BaseException) -> str:
     text = getattr(error, "strerror", None) or str(error)
     first_line = (text.splitlines() or [type(error).__name__])[0]
     return next((words for sign, words in _REASONS.items() if sign in text), first_line)
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether an error says that an object store does not answer, or not now."""
+    return isinstance(error, OSError) and any(sign in str(error) for sign in _AWAY)
+
+
+def complaint(address: str) -> str | None:
+    """Why an address cannot be looked at now, in a few words; None where it can.
+
+    Raises:
+        UserError: It is none.
+    """
+    filesystem, path = locate(address)
+    try:
+        filesystem.get_file_info(path)
+    except OSError as error:
+        return f"{shown(address)}: {reason(error)}"
+    return None
 
 
 def is_object_store(filesystem: pafs.FileSystem) -> bool:

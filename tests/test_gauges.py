@@ -8,14 +8,16 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 from prometheus_client.parser import text_string_to_metric_families
 from rl_toys import make_encoder
+from toy_frames import toy_dataset
 
-from jobs import collect, encode, train
-from jobs.recipes import train_recipe
+from jobs import collect, encode, evaluate, pretrain, train
+from jobs.recipes import pretrain_recipe, train_recipe
 from jobs.workspace import Workspace
 from pipeline.atari import preprocess_for
 from pipeline.gauges import COUNTERS, GAUGES, LABELS, Gauges
@@ -54,6 +56,18 @@ def scrape(endpoint: str) -> Series:
     return {(s.name.removeprefix("ray_latentrl_"), *(s.labels[label] for label in LABELS)): s.value for s in ours}
 
 
+def recorded_by(result: dict[str, Any]) -> dict[str, float]:
+    """The last value of each figure in a run's folder."""
+    lines = [json.loads(line) for line in Path(result["run_folder"], "metrics.jsonl").read_text().splitlines()]
+    return {key: value for line in lines for key, value in line.items() if key != "step"}
+
+
+def shows(series: Series, recorded: dict[str, float], labels: tuple[str, ...]) -> bool:
+    """Whether all that a run has recorded is there."""
+    there = {key: series.get((GAUGES[key].name, *labels)) for key in recorded}
+    return None not in there.values() and there == pytest.approx(recorded)
+
+
 def scraped_until(endpoint: str, has_come: Callable[[Series], bool], within_s: float = 60.0) -> Series:
     until, series = time.monotonic() + within_s, {}
     while not has_come(series):
@@ -77,20 +91,36 @@ def test_figures_of_toy_stages_are_scraped(endpoint: str, tmp_path: Path) -> Non
     result = train.run(workspace, recipe, **asked)
 
     labels = ("train", "train-pong-frozen-001", "pong")
-    lines = [json.loads(line) for line in Path(result["run_folder"], "metrics.jsonl").read_text().splitlines()]
-    recorded = {key: value for line in lines for key, value in line.items() if key != "step"}
-    last = GAUGES[list(recorded)[-1]].name  # of all figures the one that is shown last
-    series = scraped_until(endpoint, lambda now: now.get((last, *labels)) == list(recorded.values())[-1])
+    recorded = recorded_by(result)
+    series = scraped_until(endpoint, lambda now: shows(now, recorded, labels))
     assert series["frames_total", "collect", "frames", "pong"] == 70
     assert series["frames_total", "encode", "latents", "pong"] == 70
     assert series["progress_ratio", "encode", "latents", "pong"] == 1
     assert series["updates", *labels] == result["updates"]
     assert recorded.keys() <= GAUGES.keys()
-    shown = {key: series[GAUGES[key].name, *labels] for key in recorded}
-    assert shown == pytest.approx(recorded)
     names = {figure.name for figure in (*GAUGES.values(), *COUNTERS.values())}
     assert {name for name, *_ in series} <= names
     assert {run for _, _, run, _ in series} == {"frames", "latents", labels[1]}
+
+
+def test_figures_of_pretraining_and_evaluation_are_scraped(endpoint: str, tmp_path: Path) -> None:
+    workspace = Workspace.at(str(tmp_path / "home"))
+    frames = toy_dataset(tmp_path / "frames", [40, 30, 50]).uri
+    changes = ("model.z_dim=4", "model.latent_channels=0", "model.patch=2", "model.widths=[8]", "train.epochs=2")
+    changes += ("train.batch_size=8", "train.log_every_steps=2", "train.num_threads=1")
+    result = pretrain.run(workspace, pretrain_recipe("vae", overrides=changes), frames, "enc")
+    labels, recorded = ("pretrain", "pretrain-enc-001", "toy"), recorded_by(result)
+    assert recorded.keys() >= {"loss", "elbo_nats", "heldout/bits_per_dim", "images_per_s", "epoch", "lr"}
+    assert recorded.keys() <= GAUGES.keys()
+    series = scraped_until(endpoint, lambda now: shows(now, recorded, labels))
+    assert series["progress_ratio", *labels] == 1
+
+    result = evaluate.run(workspace, "random:pong", episodes=1)
+    labels = ("evaluate", "evaluate-001", "pong")
+    recorded = {key: result[key] for key in ("mean_return", "ci95_low", "ci95_high", "human_normalised")}
+    recorded |= {"episode_return": result["returns"][-1], "episode_agent_steps": result["lengths"][-1], "progress": 1.0}
+    series = scraped_until(endpoint, lambda now: shows(now, recorded, labels))
+    assert series["games_total", *labels] == 1
 
 
 def test_names_are_unique_and_in_prometheus_style() -> None:

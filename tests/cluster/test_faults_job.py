@@ -13,7 +13,7 @@ from test_faults_train import Training, cluster, training  # noqa: F401
 
 pytestmark = pytest.mark.long
 
-STOP_WITHIN_S = 30  # Ray's own default is 3 s, after which it sends SIGKILL
+STOP_WITHIN_S = 60  # as `latentrl submit` has it; Ray's own default is 3 s, after which it sends SIGKILL
 
 
 def job(nodes: RayCluster, verb: str, *arguments: str) -> str:

@@ -10,12 +10,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 from nodes import RayCluster, on_a_bare_machine
 from services import Mlflow, ObjectStore
 from stages import Job, Stages
 
+from pipeline.artifact import load_encoder
 from pipeline.bundle import sha256_of, verify
 from pipeline.schema import MANIFEST_FILE
 from rllib_ext.checkpoint import find_checkpoint
@@ -56,6 +59,12 @@ def pretrained(stages: Stages, collected: Job) -> Job:
     settings = [word for setting in (*SMALL_ENCODER, "train.num_workers=2") for word in ("--set", setting)]
     data = collected.result["dataset"]
     return stages.run("pretrain", "--data", data, "--register", "pong-encoder", *settings)
+
+
+@pytest.fixture(scope="module")
+def encoded(stages: Stages, collected: Job, pretrained: Job) -> Job:
+    out, encoder = stages.store.uri("pong/latents"), "models:/pong-encoder@champion"
+    return stages.run("encode", "--data", collected.result["dataset"], "--encoder", encoder, "--out", out)
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +118,20 @@ def test_pretrain_reads_s3_on_two_machines_and_registers(
     assert stages.store.get(stored[0]) == (Path(result["bundle"]) / "model.safetensors").read_bytes()
 
 
+@pytest.mark.long
+def test_encode_works_on_every_machine(stages: Stages, collected: Job, pretrained: Job, encoded: Job) -> None:
+    assert set(encoded.actors("_PartEncoder")) == {"one", "two", "three"}
+    result = encoded.result
+    assert (result["frames"], result["transitions"]) == (FRAMES, FRAMES - collected.result["episodes"])
+    assert result["encoder_sha256"] == pretrained.result["sha256"]
+    manifest = json.loads(stages.store.get(f"pong/latents/{MANIFEST_FILE}"))
+    encoder = load_encoder(Path(pretrained.result["bundle"]))
+    part = manifest["files"][0]
+    table = pq.read_table(pa.BufferReader(stages.store.get(f"pong/latents/{part['name']}")))
+    assert table.num_rows == part["rows"]
+    assert len(table["obs"][0].as_py()) == encoder.z_dim == manifest["z_dim"]
+
+
 def test_training_goes_on_on_another_machine(
     stages: Stages, client: MlflowClient, pretrained: Job, interrupted: Job, resumed: Job
 ) -> None:
@@ -147,6 +170,20 @@ def test_the_agent_knows_its_encoder_and_the_encoder_its_data(
     (used,) = client.get_run(agent.run_id).inputs.model_inputs
     assert used.model_id == encoder.source.removeprefix("models:/")
     assert client.get_run(encoder.run_id).data.tags["dataset.digest"] == collected.result["digest"]
+
+
+@pytest.mark.long
+def test_an_agent_plays_on_every_machine_for_the_next_dataset(stages: Stages, collected: Job, resumed: Job) -> None:
+    out = stages.store.uri("pong/agent")
+    job = stages.run(
+        "collect", "--game", "pong", "--frames", FRAMES, "--policy", "models:/pong-agent@latest", "--out", out
+    )
+    there = stages.cluster.alive().keys() - {"head"}
+    assert job.actors("_Collector") == dict.fromkeys(there, 1)  # one a CPU, without being told
+    manifest = json.loads(stages.store.get(f"pong/agent/{MANIFEST_FILE}"))
+    assert manifest["collection"]["policy_uri"] == resumed.result["policy"]
+    assert manifest["frames"] == FRAMES
+    assert manifest["digest"] != collected.result["digest"]
 
 
 def test_a_machine_that_has_nothing_else_plays_the_same_games(

@@ -22,11 +22,14 @@ from programs import LOOPBACK, free_ports
 from services import ObjectStore
 
 from jobs.cli import main
+from pipeline import source
 from pipeline.artifact import LatentStats, save_encoder
 from pipeline.atari import preprocess_for
 from pipeline.errors import UserError
 from pipeline.models.vae import VAE, VAESettings
+from pipeline.order import RowRange
 from pipeline.schema import MANIFEST_FILE
+from pipeline.source import Place
 from pipeline.storage import locate
 from pipeline.store import FramesDataset
 
@@ -215,18 +218,30 @@ def test_keys_that_may_only_read(
 
 
 def test_a_store_that_goes_away(
-    shelf: ObjectStore, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    shelf: ObjectStore,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """In the middle of a collection, and of reading."""
     out = shelf.uri("away/frames")
     run(capfd, *COLLECT, out)
     dataset = FramesDataset.open(out)
+    rows = RowRange(dataset.files[0].name, 0, 10)
     shelf.kill()
     try:
         with pytest.raises(UserError, match="connection refused"):
             dataset.require_sound_files()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(source, "AWAY_S", 1.0)
+            with pytest.raises(UserError, match=r"has been away for 1 s .*connection refused.*--resume"):
+                source.read_rows(Place.of(dataset), rows, ["obs"])
+        starter = threading.Timer(1.0, shelf.start)
+        starter.start()
+        assert source.read_rows(Place.of(dataset), rows, ["obs"]).num_rows == 10
+        starter.join()
     finally:
-        shelf.start()
+        if not shelf.is_running:
+            shelf.start()
     dataset.require_sound_files()
 
     killed: list[float] = []

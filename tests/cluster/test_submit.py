@@ -22,6 +22,7 @@ import requests
 from nodes import ROOT, RayCluster
 from services import ObjectStore
 
+from jobs import readers
 from jobs.package import MAX_BYTES, packed
 from pipeline.store import FramesDataset
 
@@ -193,6 +194,25 @@ def test_a_log_is_whole_though_its_connection_breaks(ray_cluster: RayCluster) ->
     whole = api(ray_cluster, "GET", "counting/logs")["logs"]
     assert done.stdout == f"{whole}\ncounting succeeded\n"
     assert whole.endswith("599 half and üand üand üand ü\nthe end")
+
+
+def test_whoever_has_read_enough_ends_the_watching_quietly(ray_cluster: RayCluster) -> None:
+    api(ray_cluster, "POST", "", entrypoint=COUNTING, submission_id="headed")
+    watching = subprocess.Popen(
+        command("jobs", "logs", "headed", "--follow"),
+        env=environment(ray_cluster),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert watching.stdout is not None
+    assert watching.stderr is not None
+    assert watching.stdout.readline()
+    watching.stdout.close()
+    complaint = watching.stderr.read()
+    assert watching.wait(60) == readers.EXIT_CODE, complaint
+    assert "Error" not in complaint
+    assert api(ray_cluster, "GET", "headed")["status"] in ("RUNNING", "SUCCEEDED")
 
 
 def test_interrupting_leaves_the_job_alone_and_stop_ends_it(ray_cluster: RayCluster) -> None:
