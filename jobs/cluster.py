@@ -55,10 +55,11 @@ def ray_session(
             yield
         return
     on_terminate = signal.getsignal(signal.SIGTERM)
-    own = set(psutil.Process().children(recursive=True))
+    before, rays = _children(), set[psutil.Process]()
     if workspace.ray_address is None:
         _require_local(needs, what, workspace.wait_s)
         _start_local()
+        rays = _children() - before
     else:
         _join(workspace.ray_address)
     try:
@@ -69,18 +70,18 @@ def ray_session(
         with watched(what, needs, data):
             yield
     finally:
-        _leave(own, is_local=workspace.ray_address is None)
+        if workspace.ray_address is None:
+            rays |= _children() - before
+        ray.shutdown()
+        _end(rays)
 
 
-def _leave(own: set[psutil.Process], *, is_local: bool) -> None:
-    """Leaves the cluster, or ends a Ray of one's own with all its processes.
+def _children() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
 
-    Some of these end only when they have noticed that the others are gone, on a busy machine long after this process.
-    """
-    rays = set(psutil.Process().children(recursive=True)) - own
-    ray.shutdown()
-    if not is_local:
-        return
+
+def _end(rays: set[psutil.Process]) -> None:
+    """Ends what is left of a Ray of one's own: its agents go when they notice that it has, on a busy machine late."""
     late = _late(rays)
     for process in late:
         with contextlib.suppress(psutil.NoSuchProcess):

@@ -337,7 +337,8 @@ def test_ctrl_c_leaves_no_process_and_no_dataset(tmp_path: Path) -> None:
     assert stage.returncode == 130
     assert "Traceback" not in complaint
     assert not (tmp_path / "data").exists()
-    assert not [process for process in family if process.is_running()]
+    _, alive = psutil.wait_procs(family, timeout=15)
+    assert not alive
 
 
 def test_toy_helpers_are_what_they_seem(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def finish(*arguments: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 300.0) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until
