@@ -35,14 +35,14 @@ def require(needs: Mapping[str, float], what: str, wait_s: float | None = None) 
     if not _missing(needs):
         return
     limit_s = wait_s if wait_s is not None else AUTOSCALER_WAIT_S if autoscaler() else 0.0
+    began = time.monotonic()
     if limit_s:
         with asked_for(needs):
             _wait(needs, what, limit_s, is_patient=wait_s is not None)
     if _missing(needs):
-        waited = f" after {limit_s:.0f} s" if limit_s else ""
-        raise UserError(
-            f"{_shortage(needs, what)}{waited}; ask for fewer, add nodes, or wait for them with --wait SECONDS"
-        )
+        waited = f" after {time.monotonic() - began:.0f} s" if limit_s else ""
+        advice = "ask for fewer, add nodes, or wait for them with --wait SECONDS"
+        raise UserError(f"{_shortage(needs, what)}{waited}; {advice}")
 
 
 def free_cpus() -> int:

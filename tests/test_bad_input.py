@@ -319,6 +319,11 @@ def test_more_workers_than_cpus(capfd: pytest.CaptureFixture[str], tmp_path: Pat
     assert f"need {cpus + 1} CPUs" in refused(capfd, *arguments)
 
 
+def test_waiting_is_for_clusters(capfd: pytest.CaptureFixture[str]) -> None:
+    assert "give --ray-address, or leave it out" in refused(capfd, *COLLECT, "--wait", 3)
+    assert "'-1' is no duration" in refused(capfd, *COLLECT, "--wait", -1)
+
+
 def test_ctrl_c_leaves_no_process_and_no_dataset(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "jobs.cli", "collect", "--game", "pong", "--frames", "2000000", "--out", "data"]
     root = Path(__file__).resolve().parent.parent
