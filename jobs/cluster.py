@@ -49,7 +49,7 @@ def ray_session(
         UserError: The cluster does not answer, or has too few resources and does not get them in time.
     """
     if ray.is_initialized():
-        room.require(needs, what, workspace.wait_s)
+        room.require(needs, what, workspace.wait_s, is_cluster=workspace.ray_address is not None)
         _note_small_object_stores(object_bytes)
         with watched(what, needs, data):
             yield
@@ -65,7 +65,7 @@ def ray_session(
     try:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own in its place
-        room.require(needs, what, workspace.wait_s)
+        room.require(needs, what, workspace.wait_s, is_cluster=workspace.ray_address is not None)
         _note_small_object_stores(object_bytes)
         with watched(what, needs, data):
             yield

@@ -77,9 +77,7 @@ def run(
     workers = recipe.train.num_workers
     what = f"{workers} training worker{'s' if workers > 1 else ''} and the data stream"
     with (
-        ray_session(
-            workspace, needs=resources_needed(recipe.train), what=what, object_bytes=STREAM_BYTES, data=data
-        ),
+        ray_session(workspace, needs=resources_needed(recipe.train), what=what, object_bytes=STREAM_BYTES, data=data),
         _open_run(workspace, tracking, recipe, register, dataset, earlier.folder, parent_run_id) as opened,
     ):
         opened.log_dataset(dataset.facts(), "pretrain")

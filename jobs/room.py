@@ -20,7 +20,7 @@ SAY_EVERY_S = 15.0
 _LOOK_EVERY_S = 1.0
 
 
-def require(needs: Mapping[str, float], what: str, wait_s: float | None = None) -> None:
+def require(needs: Mapping[str, float], what: str, wait_s: float | None = None, *, is_cluster: bool = True) -> None:
     """Makes sure that the Ray that is joined has what is needed, and waits for it where that may help.
 
     Args:
@@ -28,6 +28,7 @@ def require(needs: Mapping[str, float], what: str, wait_s: float | None = None) 
         what: Who needs them, in words ("2 collecting workers").
         wait_s: How long to wait. None: not at all, but where there is an autoscaler, up to AUTOSCALER_WAIT_S as long
             as that brings nodes.
+        is_cluster: Whether it could grow at all.
 
     Raises:
         UserError: They are not there, after the wait.
@@ -41,7 +42,8 @@ def require(needs: Mapping[str, float], what: str, wait_s: float | None = None) 
             _wait(needs, what, limit_s, is_patient=wait_s is not None)
     if _missing(needs):
         waited = f" after {time.monotonic() - began:.0f} s" if limit_s else ""
-        advice = "ask for fewer, add nodes, or wait for them with --wait SECONDS"
+        ways = "add nodes, or wait for them with --wait SECONDS" if is_cluster else "or give --ray-address"
+        advice = f"ask for fewer, {ways}"
         raise UserError(f"{_shortage(needs, what)}{waited}; {advice}")
 
 
