@@ -158,7 +158,7 @@ ROWS = (
         "object store of the data away in pretrain",
         "cluster/test_faults_store.py::test_a_pretraining_waits_for_its_data",
         "everything: waits 5 minutes for it, then ends with code 2, and `--resume` goes on from the last checkpoint",
-        until_the_user_reads_why=120, from_its_return_until_it_goes_on=60,
+        until_the_user_reads_why=60, from_its_return_until_the_end=120,
     ),
     _row("killed while a checkpoint of pretrain is stored", f"{DAMAGED}[unsealed]", "the checkpoint before"),
     _row("checkpoint of pretrain cut in half", f"{DAMAGED}[half]", "the checkpoint before"),

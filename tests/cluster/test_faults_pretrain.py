@@ -44,14 +44,13 @@ def cluster() -> Iterator[RayCluster]:
 class Pretraining:
     """A run of `latentrl pretrain` with two Train workers, and what it has written."""
 
-    def __init__(self, cluster: RayCluster, home: str, data: str | None = None, **changed: object) -> None:
+    def __init__(self, cluster: RayCluster, home: str, data: str | None = None) -> None:
         self.cluster, self.home = cluster, cluster.shared / home
         self.data = data or str(cluster.shared / "frames")
-        self.settings = SETTINGS | {f"train.{name}": value for name, value in changed.items()}
         self.folder = self.home / "runs" / "pretrain-toy-001"
 
     def start(self, *more: str) -> Stage:
-        sets = [part for name, value in self.settings.items() for part in ("--set", f"{name}={value}")]
+        sets = [part for name, value in SETTINGS.items() for part in ("--set", f"{name}={value}")]
         given = ["--data", self.data, "--register", "toy", *sets]
         places = ["--home", self.home, "--ray-address", self.cluster.address]
         said = self.cluster.shared / "said"
