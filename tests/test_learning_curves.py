@@ -16,7 +16,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import learning  # noqa: E402
 from curves import keep, page  # noqa: E402
 from curves.arms import TASKS, Arm, Cell, Task  # noqa: E402
-from curves.rally import rally_factory, rally_preprocess  # noqa: E402
+from curves.rally import CELL_PIXELS, rally_factory, rally_preprocess  # noqa: E402
 from peers.running import CellFailed  # noqa: E402
 
 TINY = {"warmup_agent_steps": 100, "epsilon_decay_agent_steps": 200, "batch_size": 8, "envs_per_runner": 4}
@@ -85,7 +85,7 @@ def test_every_arm_is_a_recipe_with_known_settings(name: str) -> None:
 def following(frame: np.ndarray) -> int:
     """The move that brings the paddle's middle under the ball; none when the paddle hides it."""
     ball, paddle = np.argwhere(frame == 255)[:, 1], np.argwhere(frame == 160)[:, 1]
-    return 1 + int(np.sign(round((ball.mean() - paddle.mean()) / 3))) if ball.size else 1
+    return 1 + int(np.sign(round((ball.mean() - paddle.mean()) / CELL_PIXELS))) if ball.size else 1
 
 
 def test_rally_can_be_won_and_lost() -> None:

@@ -64,8 +64,8 @@ class Task:
 
 TASKS = {
     "rally": Task(
-        100_000,
-        3,
+        40_000,
+        5,
         {
             "sb3": Arm("Stable-Baselines3 DQN, pixels", "sb3", {**RALLY, **PLAIN}, PIXELS_Q),
             "pixels": Arm("latentrl, pixels, same network and settings", "pixels", {**RALLY, **PLAIN}, PIXELS_Q),

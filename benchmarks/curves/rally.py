@@ -15,10 +15,10 @@ import numpy as np
 from pipeline.atari import Step
 from pipeline.schema import Preprocess
 
-CELLS = 12
-CELL_PIXELS = 4
+CELLS = 8
+CELL_PIXELS = 6
 SIZE = CELLS * CELL_PIXELS
-PADDLE = 3
+PADDLE = 2
 BALLS = 10
 ACTIONS = ("LEFT", "NOOP", "RIGHT")
 
