@@ -16,7 +16,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import learning  # noqa: E402
 from curves import keep, page  # noqa: E402
 from curves.arms import TASKS, Arm, Cell, Task  # noqa: E402
-from curves.rally import CELL_PIXELS, rally_factory, rally_preprocess  # noqa: E402
+from curves.rally import CELL_PIXELS, CELLS, rally_factory, rally_preprocess  # noqa: E402
 from peers.running import CellFailed  # noqa: E402
 
 TINY = {"warmup_agent_steps": 100, "epsilon_decay_agent_steps": 200, "batch_size": 8, "envs_per_runner": 4}
@@ -82,25 +82,37 @@ def test_every_arm_is_a_recipe_with_known_settings(name: str) -> None:
     assert len(digests) == len(TASKS[name].arms)
 
 
-def following(frame: np.ndarray) -> int:
-    """The move that brings the paddle's middle under the ball; none when the paddle hides it."""
-    ball, paddle = np.argwhere(frame == 255)[:, 1], np.argwhere(frame == 160)[:, 1]
-    return 1 + int(np.sign(round((ball.mean() - paddle.mean()) / CELL_PIXELS))) if ball.size else 1
+def cell(frame: np.ndarray, value: int) -> np.ndarray:
+    """Row and column of the first cell of that brightness."""
+    return np.argwhere(frame == value)[0] // CELL_PIXELS
 
 
-def test_rally_can_be_won_and_lost() -> None:
-    """A paddle that follows the ball scores more than one that does not move."""
-    vector = rally_factory(rally_preprocess(), 8, 1)
-    step = vector.reset(np.arange(8))
-    totals = []
-    for follows in (True, False):
-        total = np.zeros(8)
-        for _ in range(300):
-            actions = np.array([following(frame) for frame in step.frames]) if follows else np.zeros(8, np.int64)
-            step = vector.step(actions)
-            total += step.rewards
-        totals.append(total.mean())
-    assert totals[0] > totals[1] + 1
+def meeting(before: np.ndarray, frame: np.ndarray) -> int:
+    """The move towards where the ball will come down; none while not both frames show it on its way."""
+    if not ((before == 255).any() and (frame == 255).any()):
+        return 1
+    row, column = cell(frame, 255)
+    drift = column - cell(before, 255)[1]
+    if row == 0 or abs(drift) != 1:
+        return 1
+    last = CELLS - 1
+    reach = (column + drift * (last - row)) % (2 * last)
+    return 1 + int(np.sign(min(reach, 2 * last - reach) - cell(frame, 160)[1]))
+
+
+def test_rally_is_won_by_whoever_sees_where_the_ball_will_come_down() -> None:
+    """And lost by a paddle that does not move."""
+    vector, means = rally_factory(rally_preprocess(), 8, 1), []
+    for meets in (True, False):
+        before = step = vector.reset(np.arange(8))
+        rewards, games = 0.0, 0
+        for _ in range(600):
+            pairs = zip(before.frames, step.frames, strict=True)
+            actions = np.array([meeting(*pair) for pair in pairs]) if meets else np.ones(8, np.int64)
+            before, step = step, vector.step(actions)
+            rewards, games = rewards + step.rewards.sum(), games + step.terminated.sum()
+        means.append(rewards / games)
+    assert means[0] > 8 > 1 > means[1]
 
 
 def test_the_mean_of_all_games_weighs_each_by_the_agent_steps_until_the_next() -> None:

@@ -1,8 +1,8 @@
 """Rally: a small pixel game that a Q-learner learns within minutes, behind both libraries' interfaces.
 
 A ball falls diagonally, bounces off the walls, and is to be met by a paddle below; the next ball follows at once. Its
-direction shows only between frames. A ball met is +1; a game is over with the first one missed, which is -1, or with the
-tenth one met: it returns -1 to 10.
+direction shows only between frames. A ball met is +1; a game is over with the first one missed, which is -1, or with
+the tenth one met: it returns -1 to 10.
 """
 
 from __future__ import annotations
