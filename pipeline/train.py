@@ -35,6 +35,7 @@ from pipeline.mailbox import Mailbox
 from pipeline.models.latent import LatentModel, ModelConfig, ModelSettings
 from pipeline.order import ReadingOrder
 from pipeline.pretrain_config import RECORD_FILE, PretrainConfig
+from pipeline.rendezvous import on_one_machine
 from pipeline.storage import locate, read_small, reason, write_atomically
 from pipeline.store import FramesDataset
 from pipeline.untrusted import parse_object, short
@@ -254,6 +255,7 @@ def _fit(job: Job, root: str, name: str) -> ray.train.Result:
     trainer = TorchTrainer(
         train_loop,
         train_loop_config={"job": job},
+        torch_config=on_one_machine(job.config.num_workers),
         scaling_config=ray.train.ScalingConfig(
             num_workers=job.config.num_workers,
             use_gpu=job.config.num_gpus_per_worker > 0,

@@ -33,6 +33,7 @@ from ray.rllib.utils.metrics import (
 )
 
 from pipeline.errors import UserError, reading
+from pipeline.rendezvous import on_one_machine
 from rllib_ext import compat
 from rllib_ext.checkpoint import verify_checkpoint, write_checkpoint
 from rllib_ext.config import LatentDQNConfig
@@ -76,7 +77,8 @@ class LatentDQN(Algorithm):
         self.settings: DQNSettings = config.settings
         self.config = self._with_bundle(config)
         torch.set_num_threads(self.config.learner_threads)
-        super().setup(self.config)
+        with compat.learners_meet_by(on_one_machine(self.config.num_learners)):
+            super().setup(self.config)
         self.learners = Learners(self.learner_group)
         self.workers = RolloutWorkers(self.env_runner_group, self.settings, self.config.num_env_runners)
         self.seed = config.seed if config.seed is not None else int(np.random.SeedSequence().generate_state(1)[0])

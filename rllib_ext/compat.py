@@ -5,12 +5,31 @@ RLlib is pinned to 2.60; when the pin moves, tests/test_compat.py says which of 
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import ray
+from ray.rllib.core.learner import learner_group
 from ray.rllib.core.learner.learner import Learner
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
+from ray.train.backend import BackendConfig
+
+
+@contextlib.contextmanager
+def learners_meet_by(config: BackendConfig | None) -> Iterator[None]:
+    """Around the setup of an algorithm: its remote learners are joined as Ray Train's configuration says.
+
+    RLlib 2.60 makes that configuration itself, by a function of its module. None leaves it to that.
+    """
+    before = learner_group._get_backend_config
+    if config is not None:
+        learner_group._get_backend_config = lambda learner_class: config
+    try:
+        yield
+    finally:
+        learner_group._get_backend_config = before
 
 
 def learner_rank(learner: Learner) -> int:

@@ -1,0 +1,131 @@
+"""The real stages at toy size, watched: where a planted password or key turns up, and what listens to whom."""
+
+from __future__ import annotations
+
+import base64
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from registry_toys import MlflowServer
+from test_loopback import is_loopback, listening
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+ALL_STAGES = """
+import json, sys
+from test_demo import TOY
+from jobs import demo
+print(json.dumps(demo.run(sys.argv[1], TOY, tracking_uri=sys.argv[2])))
+"""
+# Each ends in an error that has seen the secret.
+ERRORS = (
+    ("pretrain", "--register", "x", "--data", "s3://AK:{0}@bucket/x?endpoint_override=127.0.0.1:9&scheme=http"),
+    ("collect", "--game", "pong", "--frames", "9", "--out", "ftp9://me:{0}@host/frames"),
+    ("train", "--game", "pong", "--encoder", "https://me:{0}@host/encoder"),
+    ("evaluate", "random:pong", "--tracking-uri", "http://me:{0}@127.0.0.1:9"),
+    ("collect", "--game", "pong", "--frames", "9", "--out", "x", "--ray-address", "ray://me:{0}@host:1"),
+    ("report", "--tracking-uri", "postgresql://me:{0}@host/db", "no-such-run"),
+    ("data", "info", "s3://AKIA:{0}@bucket/frames?endpoint_override=127.0.0.1:9&scheme=http"),
+)  # fmt: skip
+
+
+@pytest.fixture
+def room() -> Iterator[Path]:
+    """A folder with a short name, since Ray's sockets lie in it."""
+    path = Path(tempfile.mkdtemp(prefix="lw-", dir="/tmp"))
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def server(room: Path) -> Iterator[MlflowServer]:
+    (room / "server").mkdir()
+    server = MlflowServer(room / "server")
+    server.start()
+    yield server
+    server.kill()
+
+
+def run_watched(
+    command: list[str], environment: dict[str, str], room: Path, seconds: float
+) -> tuple[str, set[tuple[str, str]]]:
+    """Runs a command to its end: what it printed, and the sockets that it and its children listened on."""
+    seen: set[tuple[str, str]] = set()
+    until = time.monotonic() + seconds
+    with (room / "printed").open("w") as printed:
+        stage = subprocess.Popen(
+            [sys.executable, *command], env=environment, cwd=room, stdout=printed, stderr=subprocess.STDOUT
+        )
+        while stage.poll() is None and time.monotonic() < until:
+            seen |= listening(psutil.Process(stage.pid))
+            time.sleep(0.3)
+        stage.kill()
+        stage.wait()
+    text = (room / "printed").read_text()
+    assert stage.returncode in (0, 2), text
+    return text, seen
+
+
+def test_planted_secrets_stay_where_they_were_put(room: Path, server: MlflowServer) -> None:
+    values = {name: f"planted{secrets.token_hex(12)}" for name in ("address", "password", "aws", "session", "other")}
+    values["token"] = secrets.token_hex(32)
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_", "AWS_"))},
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "HOME": str(room / "user"),
+        "RAY_TMPDIR": str(room / "t"),
+        "OMP_NUM_THREADS": "1",
+        "LATENTRL_HOME": str(room / "home"),
+        "MLFLOW_TRACKING_USERNAME": "someone",
+        "MLFLOW_TRACKING_PASSWORD": values["password"],
+        "AWS_ACCESS_KEY_ID": "AKIAPLANTED",
+        "AWS_SECRET_ACCESS_KEY": values["aws"],
+        "AWS_SESSION_TOKEN": values["session"],
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": values["token"],
+        "GITHUB_TOKEN": values["other"],
+    }
+    (room / "user").mkdir()
+    (room / "t").mkdir()
+    address = server.uri.replace("://", f"://me:{values['address']}@")
+    printed, sockets = run_watched(["-c", ALL_STAGES, str(room / "demo"), address], environment, room, 900)
+    assert '"trained"' in printed.splitlines()[-1]
+    programs = {program for program, _ in sockets}
+    assert {"gcs_server", "raylet"} <= programs
+    assert [(program, where) for program, where in sockets if not is_loopback(where)] == []
+
+    report, _ = run_watched(
+        ["-m", "jobs.cli", "report", "train-pong-frozen-001", "--home", str(room / "demo"), "--tracking-uri", address],
+        environment, room, 120,
+    )  # fmt: skip
+    assert "report.html" in report
+    texts = [printed, report]
+    for words in ERRORS:
+        command = ["-m", "jobs.cli", *(word.format(values["address"]) for word in words)]
+        complaint, _ = run_watched(command, environment, room, 60)
+        assert "error: " in complaint, complaint
+        assert "Traceback" not in complaint
+        texts.append(complaint)
+    server.kill()
+
+    sought = {value.encode() for value in values.values()}
+    users = {"me": values["address"], "someone": values["password"]}
+    sought |= {base64.b64encode(f"{user}:{password}".encode()) for user, password in users.items()}
+    found = [f"{secret!r} was printed" for secret in sought if secret in "".join(texts).encode()]
+    (room / "printed").unlink()
+    num_files = 0
+    for path in room.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            num_files += 1
+            content = path.read_bytes()
+            found += [f"{secret!r} stands in {path}" for secret in sought if secret in content]
+    assert found == []
+    assert num_files > 100  # runs, artifacts, MLflow's database and log, Ray's logs
