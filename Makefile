@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CLUSTER_STAMP := $(VENV)/.installed-cluster
 
-.PHONY: setup demo test test-cluster check format bench clean
+.PHONY: setup demo test test-cluster fuzz check format bench clean
 
 setup: $(STAMP)
 
@@ -21,11 +21,14 @@ demo: setup
 
 test: setup check
 	@sh tests/need_chromium.sh
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/test_fuzz.py tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 test-cluster: $(CLUSTER_STAMP)
 	@sh tests/cluster/need_services.sh
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=20 $(if $(SHORT),-m 'not long') tests/cluster
+
+fuzz: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzzing.py --inputs $(or $(INPUTS),10000)
 
 $(CLUSTER_STAMP): $(STAMP)
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev,bench,cluster]'
@@ -48,4 +51,4 @@ bench: setup
 	$(BIN)/python benchmarks/q_learning.py --short
 
 clean:
-	rm -rf $(VENV) latentrl-runs latentrl-demo .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) latentrl-runs latentrl-demo .mypy_cache .ruff_cache .hypothesis .fuzz *.egg-info

@@ -16,8 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from fuzz_targets import SPEC, TARGETS, Target
+from fuzz_files import SPEC
+from fuzz_targets import TARGETS
 from registry_toys import make_encoder, register
+from sealing import reseal, reseal_dataset
+from spoiling import Target
 from toy_frames import toy_dataset
 
 from jobs.cli import main
@@ -138,9 +141,9 @@ def test_a_pickle_in_the_place_of_any_file(
     (folder / file).write_bytes(poison(marker))
     for sealed in (folder / "it/encoder", folder / "it"):
         if (sealed / "SHA256SUMS").is_file():
-            m.reseal(sealed)
+            reseal(sealed)
     if name == "dataset":
-        m.reseal_dataset(folder / "it")
+        reseal_dataset(folder / "it")
     try:
         target(name).load(folder)
     except UserError:
@@ -161,7 +164,7 @@ def poisoned_dataset(folder: Path, marker: Path, column: str) -> Path:
     table = table.set_column(at, column, m.pickled_column(len(table), marker))
     held = {**(table.schema.metadata or {}), b"pandas": payload(marker)}
     pq.write_table(table.replace_schema_metadata(held), file)
-    m.reseal_dataset(folder)
+    reseal_dataset(folder)
     return folder
 
 
@@ -203,7 +206,7 @@ def test_columns_of_tensors_whose_shape_is_a_pickle(tmp_path: Path, marker: Path
     field = pa.field("obs", pa.list_(pa.uint8()), metadata=held)
     table = table.set_column(at, field, pa.array([[1, 2]] * len(table), pa.list_(pa.uint8())))
     pq.write_table(table, file)
-    m.reseal_dataset(tmp_path / "data")
+    reseal_dataset(tmp_path / "data")
     with pytest.raises(UserError, match="unsound"):
         FramesDataset.open(dataset.uri).require_sound_files()
     with pytest.raises(UserError, match="damaged or unreadable"):
@@ -238,7 +241,7 @@ def stranger_checkpoint(folder: Path, marker: Path) -> Path:
     for name in names:
         (folder / "it" / name).write_bytes(payload(marker))
     (folder / "it/rllib_checkpoint.json").write_text('{"type": "Algorithm", "checkpoint_version": "2.1"}')
-    m.reseal(folder / "it")
+    reseal(folder / "it")
     return folder / "it"
 
 
@@ -266,13 +269,13 @@ def test_a_checkpoint_that_was_copied_linked_or_swapped(tmp_path: Path, marker: 
         target("trainer-state").make(tmp_path / name)
     theirs = tmp_path / "theirs/it"
     (theirs / "run").write_text("theirs")
-    m.reseal(theirs)
+    reseal(theirs)
     with pytest.raises(UserError, match="written by run 'theirs', not by 'mine'"):
         verify_checkpoint(theirs, "mine")
     (theirs / "run").write_text("mine")
     with pytest.raises(UserError, match="the bytes of run have changed"):
         verify_checkpoint(theirs, "mine")
-    m.reseal(theirs)
+    reseal(theirs)
     verify_checkpoint(theirs, "mine")
     assert load_state(theirs, "state")["agent_steps"] == 3
     load_replay(theirs / "replay", SPEC)
