@@ -114,13 +114,19 @@ def verify(path: Path, expect_sha256: str | None = None) -> str:
     for name in sorted(listed.keys() | present):
         if name not in listed or name not in present:
             what = "missing" if name in listed else f"not listed in {SUMS_FILE}"
-            raise UserError(f"bundle {path}: {name if name.isprintable() else short(name)} is {what}")
+            raise UserError(f"bundle {path}: {_named(name)} is {what}")
         if _hash(path / name) != listed[name]:
-            raise UserError(f"bundle {path}: the bytes of {name} have changed; restore it or write the bundle again")
+            raise UserError(
+                f"bundle {path}: the bytes of {_named(name)} have changed; restore it or write the bundle again"
+            )
     sha256 = hashlib.sha256(sums).hexdigest()
     if expect_sha256 is not None and sha256 != expect_sha256:
         raise UserError(f"bundle {path} has sha256 {sha256}, not {expect_sha256} as expected; fetch it again")
     return sha256
+
+
+def _named(name: str) -> str:
+    return name if name.isprintable() and len(name) < 200 else short(name)
 
 
 def pack(path: Path) -> bytes:

@@ -7,10 +7,49 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
+from pipeline.pages import page_sizes
+from pipeline.schema import EPISODES_SCHEMA
 from pipeline.untrusted import short
 
 SPLITS = ("train", "val")
+_MOST_EPISODES = 10**6
+_MOST_PAGE_BYTES = 64 << 20
+_MOST_TEXT_BYTES = 256 << 20
+
+
+def read_episodes(content: bytes, num_frames: int) -> pa.Table:
+    """The table of episodes in a Parquet file, its columns of text never larger than they may be once unpacked.
+
+    Args:
+        content: The file.
+        num_frames: Of the dataset; an episode has one at least.
+
+    Raises:
+        ValueError: Other columns, more rows, larger pages or longer texts than such a table has.
+    """
+    source = pa.BufferReader(content)
+    file = pq.ParquetFile(source)
+    if file.schema_arrow.remove_metadata() != EPISODES_SCHEMA:
+        raise ValueError(f"it has the columns {short(file.schema_arrow.names)}, or others' types")
+    if file.metadata.num_rows > min(num_frames, _MOST_EPISODES):
+        raise ValueError(f"it has {file.metadata.num_rows} rows, more than episodes can be")
+    groups = (file.metadata.row_group(index) for index in range(file.num_row_groups))
+    chunks = (group.column(number) for group in groups for number in range(group.num_columns))
+    if any(not 0 <= size <= _MOST_PAGE_BYTES for chunk in chunks for size in page_sizes(source, chunk)):
+        raise ValueError("it has a page that is larger than all of it can be")
+    texts = ["file", "split"]
+    table = pq.ParquetFile(source, read_dictionary=texts).read()
+    if sum(_text_bytes(table[name]) for name in texts) > _MOST_TEXT_BYTES:
+        raise ValueError("its texts are longer than names can be")
+    return table.cast(EPISODES_SCHEMA)
+
+
+def _text_bytes(column: pa.ChunkedArray) -> int:
+    """Of a column that names its values by numbers, when each stands where it is named."""
+    lengths = (pc.binary_length(chunk.dictionary).take(chunk.indices.drop_null()) for chunk in column.chunks)
+    return sum(pc.sum(length.cast(pa.int64())).as_py() or 0 for length in lengths)
 
 
 def require_within(table: pa.Table, rows_by_file: Mapping[str, int]) -> pa.Table:

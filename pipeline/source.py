@@ -17,6 +17,7 @@ from ray.data.datasource import Datasource, ReadTask
 
 from pipeline.errors import UserError
 from pipeline.order import RowRange
+from pipeline.pages import require_moderate
 from pipeline.storage import is_away, is_object_store, reason
 from pipeline.store import FramesDataset
 
@@ -125,7 +126,10 @@ def _read(place: Place, rows: RowRange, columns: Sequence[str]) -> pa.Table:
     with place.filesystem.open_input_file(f"{place.root}/{rows.file}") as source:
         parquet = pq.ParquetFile(source, page_checksum_verification=True)
         _require_types(parquet.schema_arrow, place.schema, columns)
-        return _slice(parquet, rows, columns)
+        groups, first_row = _groups(parquet, rows)
+        require_moderate(source, parquet, groups, set(columns))
+        table = parquet.read_row_groups(groups, columns=list(columns), use_threads=False)
+        return table.slice(rows.start - first_row, rows.num_rows)
 
 
 def _require_types(held: pa.Schema, wanted: pa.Schema, columns: Sequence[str]) -> None:
@@ -138,7 +142,8 @@ def _require_types(held: pa.Schema, wanted: pa.Schema, columns: Sequence[str]) -
             raise pa.ArrowInvalid(f"column {name} has type {held.field(name).type}, not {wanted.field(name).type}")
 
 
-def _slice(parquet: pq.ParquetFile, rows: RowRange, columns: Sequence[str]) -> pa.Table:
+def _groups(parquet: pq.ParquetFile, rows: RowRange) -> tuple[list[int], int]:
+    """The row groups that hold the rows, and the first row of the first of them."""
     groups: list[int] = []
     first_row = start = 0
     for index in range(parquet.metadata.num_row_groups):
@@ -149,5 +154,4 @@ def _slice(parquet: pq.ParquetFile, rows: RowRange, columns: Sequence[str]) -> p
         start = stop
     if start < rows.stop:
         raise pa.ArrowInvalid(f"it ends at row {start}, before row {rows.stop}")
-    table = parquet.read_row_groups(groups, columns=list(columns), use_threads=False)
-    return table.slice(rows.start - first_row, rows.num_rows)
+    return groups, first_row

@@ -18,14 +18,14 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from pipeline.episodes import require_within, row_problems
+from pipeline.episodes import read_episodes, require_within, row_problems
 from pipeline.errors import UserError, reading
-from pipeline.schema import EPISODES_FILE, EPISODES_SCHEMA, MANIFEST_FILE, SCHEMA_VERSION, Preprocess, frames_schema
+from pipeline.pages import require_moderate
+from pipeline.schema import EPISODES_FILE, MANIFEST_FILE, ROW_GROUP_ROWS, SCHEMA_VERSION, Preprocess, frames_schema
 from pipeline.storage import hash_file, locate, not_shared, read_small, reason, require_bucket, shown, write_atomically
 from pipeline.untrusted import converted, parse_object, require_inside, short
 
 VALIDATION_SHARE = 0.1
-_MOST_EPISODES = 10**7
 
 
 @dataclass(frozen=True)
@@ -133,12 +133,7 @@ class FramesDataset:
         if hashlib.sha256(content).hexdigest() != self.episodes_sha256:
             raise UserError(f"{EPISODES_FILE} of dataset {self.uri} has changed bytes (sha256 differs)")
         with reading(f"{EPISODES_FILE} of dataset {self.uri}", "collect the dataset again"):
-            table = pq.ParquetFile(pa.BufferReader(content))
-            if table.schema_arrow.remove_metadata() != EPISODES_SCHEMA:
-                raise ValueError(f"it has the columns {short(table.schema_arrow.names)}, or others' types")
-            if table.metadata.num_rows > min(self.num_frames, _MOST_EPISODES):
-                raise ValueError(f"it has {table.metadata.num_rows} rows, more than episodes can be")
-            return require_within(table.read(), {file.name: file.rows for file in self.files})
+            return require_within(read_episodes(content, self.num_frames), {f.name: f.rows for f in self.files})
 
     def facts(self) -> dict[str, Any]:
         """What a run that uses the dataset records of it: where it is, what it holds, who played.
@@ -341,8 +336,9 @@ def _frames_problems(dataset: FramesDataset, file: FileEntry, episodes: pa.Table
             if parquet.metadata.num_rows != file.rows:
                 yield f"{file.name} has {parquet.metadata.num_rows} rows, not {file.rows}"
             columns = ["episode_id", "t", "action", "terminated", "truncated"]
+            require_moderate(source, parquet, range(parquet.num_row_groups), {*columns, "obs"})
             table = parquet.read(columns=columns)
-            for _ in parquet.iter_batches(columns=["obs"]):
+            for _ in parquet.iter_batches(ROW_GROUP_ROWS, columns=["obs"]):
                 pass  # decoding every page checks its checksum
     except Exception as error:  # as above
         yield f"{file.name} cannot be read ({reason(error)})"

@@ -56,6 +56,8 @@ def reseal_dataset(root: Path) -> None:
         for file in manifest["files"]:
             found = root / file["name"]
             file |= {"bytes": found.stat().st_size, "sha256": sha256(found)}
+        sums = "".join(f"{file['name']} {file['sha256']}\n" for file in manifest["files"])
+        manifest["digest"] = hashlib.sha256(sums.encode(errors="replace")).hexdigest()
         manifest["episodes_sha256"] = sha256(root / "meta/episodes.parquet")
     except (ValueError, KeyError, TypeError, OSError, RecursionError):
         return

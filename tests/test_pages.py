@@ -1,0 +1,129 @@
+"""Small files that stand for much memory: refused by what they declare, before any of it is taken."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from sealing import reseal_dataset
+from toy_frames import toy_dataset
+
+from pipeline.errors import UserError
+from pipeline.order import RowRange
+from pipeline.pages import page_sizes
+from pipeline.schema import EPISODES_SCHEMA, ROW_GROUP_ROWS
+from pipeline.source import Place, read_rows
+from pipeline.store import FramesDataset
+
+BOMB_BYTES = 1 << 30
+FILE = "data/part-0.parquet"
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("use_dictionary", [True, False])
+@pytest.mark.parametrize("compression", ["zstd", "none"])
+def test_pages_are_as_large_as_the_file_says_in_all(
+    tmp_path: Path, version: str, use_dictionary: bool, compression: str
+) -> None:
+    """Of all kinds of pages that Arrow writes: their headers are walked to the end of every column."""
+    random = np.random.default_rng(0)
+    columns = {
+        "number": random.integers(0, 900, 9000),
+        "text": [None if i % 7 == 0 else "x" * (i % 50) for i in range(9000)],
+    }
+    path = tmp_path / "pages.parquet"
+    options = {"data_page_version": version, "use_dictionary": use_dictionary, "compression": compression}
+    pq.write_table(pa.table(columns), path, data_page_size=2000, write_page_checksum=True, **options)
+    source = pa.OSFile(str(path))
+    for number in range(2):
+        chunk = pq.ParquetFile(path).metadata.row_group(0).column(number)
+        sizes = list(page_sizes(source, chunk))
+        assert len(sizes) > 2
+        assert 0 < chunk.total_uncompressed_size - sum(sizes) < 100 * len(sizes)  # the headers
+
+
+def varint(value: int) -> bytes:
+    low, rest = value & 0x7F, value >> 7
+    return bytes([low | 0x80]) + varint(rest) if rest else bytes([low])
+
+
+def after_varint(content: bytes, at: int) -> int:
+    return at + 1 if content[at] < 0x80 else after_varint(content, at + 1)
+
+
+def plant_bomb(path: Path) -> None:
+    """Puts zeros, few bytes of sound zstd, into the place of the only page of obs; the footer stays true."""
+    content = path.read_bytes()
+    metadata = pq.ParquetFile(path).metadata.row_group(0)
+    chunk = next(c for c in map(metadata.column, range(metadata.num_columns)) if c.path_in_schema == "obs")
+    begin, end = chunk.data_page_offset, chunk.data_page_offset + chunk.total_compressed_size
+    kind_end = after_varint(content, begin + 1)
+    sizes_end = after_varint(content, after_varint(content, kind_end + 1) + 1)
+    assert content[begin] == content[kind_end] == 0x15  # an i32, the next field
+    packed = pa.Codec("zstd").compress(bytes(BOMB_BYTES), asbytes=True)
+    header_end = next(at for at in range(sizes_end, end) if content[at : at + 4] == b"\x28\xb5\x2f\xfd")  # zstd's sign
+    sizes = b"\x15" + varint(2 * BOMB_BYTES) + b"\x15" + varint(2 * len(packed))
+    page = content[begin:kind_end] + sizes + content[sizes_end:header_end] + packed
+    assert len(page) <= end - begin
+    path.write_bytes(content[:begin] + page + content[begin + len(page) :])
+
+
+def noisy_dataset(folder: Path) -> FramesDataset:
+    """One whose frames do not compress, so that there is room for a bomb in their place; without page checksums."""
+    dataset = toy_dataset(folder, [600], height=84, width=84)
+    table = pq.read_table(folder / FILE)
+    pixels = np.random.default_rng(0).integers(0, 256, (600, 84 * 84), dtype=np.uint8)
+    obs = pa.array([row.tobytes() for row in pixels], table.schema.field("obs").type)
+    table = table.set_column(2, table.schema.field("obs"), obs)
+    pq.write_table(table, folder / FILE, use_dictionary=False, compression="zstd", data_page_size=8 << 20)
+    return dataset
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def test_a_page_that_grows_when_it_is_unpacked(tmp_path: Path) -> None:
+    dataset = noisy_dataset(tmp_path / "data")
+    plant_bomb(tmp_path / "data" / FILE)
+    reseal_dataset(tmp_path / "data")
+    before = peak_bytes()
+    with pytest.raises(UserError, match=rf"a page of obs takes {BOMB_BYTES} bytes, more than"):
+        read_rows(Place.of(dataset), RowRange(FILE, 0, 10), ["obs"])
+    [problem] = FramesDataset.open(dataset.uri).verify()
+    assert "a page of obs takes" in problem
+    assert peak_bytes() - before < BOMB_BYTES // 4
+
+
+def test_a_row_group_without_end(tmp_path: Path) -> None:
+    dataset = toy_dataset(tmp_path / "data", [40])
+    table = pq.read_table(tmp_path / "data" / FILE)
+    table = pa.concat_tables([table] * 30)
+    pq.write_table(table, tmp_path / "data" / FILE, use_dictionary=False)
+    with pytest.raises(UserError, match=f"a row group has 1200 rows, more than {ROW_GROUP_ROWS}"):
+        read_rows(Place.of(dataset), RowRange(FILE, 0, 10), ["obs"])
+
+
+def test_a_table_of_episodes_with_one_long_text(tmp_path: Path) -> None:
+    """Stored once and named a hundred thousand times."""
+    dataset = toy_dataset(tmp_path / "data", [40])
+    rows, name = 100_000, "x" * (1 << 20)
+    texts = pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), [name])
+    numbers = {
+        field.name: np.ones(rows, field.type.to_pandas_dtype())
+        for field in EPISODES_SCHEMA
+        if field.name not in ("file", "split")
+    }
+    table = pa.table({field.name: numbers.get(field.name, texts) for field in EPISODES_SCHEMA})
+    path = tmp_path / "data/meta/episodes.parquet"
+    pq.write_table(table, path, store_schema=False)
+    manifest = tmp_path / "data/meta/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"frames": 40', '"frames": 4000000'))
+    reseal_dataset(tmp_path / "data")
+    assert path.stat().st_size < 1 << 20
+    with pytest.raises(UserError, match="texts are longer than names can be"):
+        _ = FramesDataset.open(dataset.uri).episodes
