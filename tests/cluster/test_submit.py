@@ -267,7 +267,7 @@ def test_keys_reach_driver_and_workers_and_nobody_else(ray_cluster: RayCluster, 
     files = [path for path in (ray_cluster.folder / "disks").rglob("*") if path.is_file() and path.name != secrets.name]
     files = [path for path in files if "working_dir_files" not in path.parts]  # which hold this folder's source
     assert any(job in path.name for path in files)  # logs are among them
-    for value in store.owner:
+    for value in (*store.owner, ray_cluster.token):
         assert value not in seen
         assert [path for path in files if value.encode() in path.read_bytes()] == []
 
