@@ -23,6 +23,7 @@ from pipeline.errors import UserError, reason
 T = TypeVar("T")
 
 MAX_RECORD_BYTES = 64 * 2**20
+_MOST_JSON_BYTES = 16 * 2**20  # of "[],[],..." Python makes 24 times as much
 
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = _repr.maxlong = 80
@@ -83,8 +84,10 @@ def parse_object(content: str | bytes, what: str) -> dict[str, Any]:
     """A JSON object in which no key stands twice: two readers could each see another value.
 
     Raises:
-        UserError: Not JSON, or no object.
+        UserError: Not JSON, or no object, or more than 16 MiB of it.
     """
+    if len(content) > _MOST_JSON_BYTES:
+        raise UserError(f"{what} has {len(content)} bytes, more than the {_MOST_JSON_BYTES} that JSON may have here")
     try:
         value = json.loads(content, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:

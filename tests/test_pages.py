@@ -1,4 +1,4 @@
-"""Small files that stand for much memory: refused by what they declare, before any of it is taken."""
+"""Files that stand for much more memory than their bytes: refused before any of it is taken."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from pipeline.pages import page_sizes
 from pipeline.schema import EPISODES_SCHEMA, ROW_GROUP_ROWS
 from pipeline.source import Place, read_rows
 from pipeline.store import FramesDataset
+from pipeline.untrusted import parse_object
 
 BOMB_BYTES = 1 << 30
 FILE = "data/part-0.parquet"
@@ -127,3 +128,8 @@ def test_a_table_of_episodes_with_one_long_text(tmp_path: Path) -> None:
     assert path.stat().st_size < 1 << 20
     with pytest.raises(UserError, match="texts are longer than names can be"):
         _ = FramesDataset.open(dataset.uri).episodes
+
+
+def test_json_of_nothing_but_brackets() -> None:
+    with pytest.raises(UserError, match="18000009 bytes, more than the 16777216"):
+        parse_object(b'{"a": [' + b"[]," * 6_000_000 + b"0]}"[:2], "it")

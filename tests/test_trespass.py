@@ -80,6 +80,10 @@ def test_sums_that_name_files_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "it/SHA256SUMS").write_text(f"{sums}{bundle._hash(tmp_path / 'outside')}  ../outside\n")
     with pytest.raises(UserError, match=r"\.\./outside is missing"):
         bundle.verify(tmp_path / "it")
+    (tmp_path / "it/SHA256SUMS").write_text(f"{sums}{'0' * 64}  {'x' * 5000}\n")
+    with pytest.raises(UserError, match=r"xxx' is missing") as refusal:
+        bundle.verify(tmp_path / "it")
+    assert len(str(refusal.value)) < 400
 
 
 def test_the_journal_of_a_stranger(run: Run, client: MlflowClient, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ recipe = replace(TOY.encoder, train=replace(TOY.encoder.train, num_workers=2))
 encoder = pretrain.run(there, recipe, frames["dataset"], "encoder")
 assert encoder["num_train_workers"] == 2
 agent = train.run(
-    there, TOY.agent, game="pong", encoder=encoder["model_uri"], mode="frozen", agent_steps=300, num_env_runners=2,
+    there, TOY.agent, game="pong", encoder=encoder["model_uri"], mode="frozen", agent_steps=300, num_env_runners=1,
     num_learners=2,
 )
 print("played", agent["agent_steps"])
