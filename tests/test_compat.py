@@ -14,6 +14,7 @@ import catch
 import pytest
 import ray
 from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.core.learner import learner_group
 from ray.rllib.core.learner.learner import Learner
 from ray.rllib.core.learner.learner_group import LearnerGroup
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
@@ -22,6 +23,7 @@ from ray.rllib.env.env_runner_group import EnvRunnerGroup
 from ray.tune.trainable import Trainable
 from rl_toys import make_encoder, toy_config
 
+from pipeline.rendezvous import OneMachine
 from rllib_ext import compat
 from rllib_ext.algorithm import LatentDQN
 from rllib_ext.config import LatentDQNConfig
@@ -59,6 +61,14 @@ def test_a_group_calls_functions_on_its_local_learner_and_on_remote_ones_with_ou
     source = inspect.getsource(LearnerGroup.foreach_learner)
     assert "func(self._learner, **kwargs)" in source
     assert "func=partial(func, **kwargs)" in source
+
+
+def test_a_group_asks_a_function_of_its_module_how_its_learners_meet():
+    assert "backend_config = _get_backend_config(learner_class)" in inspect.getsource(LearnerGroup.__init__)
+    theirs, ours = learner_group._get_backend_config, OneMachine()
+    with compat.learners_meet_by(ours):
+        assert learner_group._get_backend_config(TorchLearner) is ours
+    assert learner_group._get_backend_config is theirs
 
 
 def test_several_learners_are_wrapped_with_the_configured_keywords_when_built():
