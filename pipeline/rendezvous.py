@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import ray
+import torch
 import torch.distributed as dist
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
@@ -65,9 +66,10 @@ class _ThroughFile(_TorchBackend):
 
 
 def _join(path: str, rank: int, size: int, timeout_s: float) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = _loopback_interface()
+    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = _loopback_interface()
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     timeout = datetime.timedelta(seconds=timeout_s)
-    dist.init_process_group("gloo", init_method=Path(path).as_uri(), rank=rank, world_size=size, timeout=timeout)
+    dist.init_process_group(backend, init_method=Path(path).as_uri(), rank=rank, world_size=size, timeout=timeout)
 
 
 def _loopback_interface() -> str:
