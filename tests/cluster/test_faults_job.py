@@ -28,7 +28,9 @@ def job(nodes: RayCluster, verb: str, *arguments: str) -> str:
 def test_a_stopped_job_keeps_its_state(training: Training, record_property: Record) -> None:  # noqa: F811
     nodes = training.cluster
     wait = f'{{"env_vars": {{"RAY_JOB_STOP_WAIT_TIME_S": "{STOP_WITHIN_S}"}}}}'
-    entry = [str(BIN / "python"), "-m", "jobs.cli", *training.arguments(10**9)]
+    # exec, as `latentrl submit` has it: Ray's shell dies of SIGTERM at once, and where nobody reaps what it leaves (a
+    # container's first process often does not) Ray takes the ended stage for alive and waits its whole time.
+    entry = ["exec", str(BIN / "python"), "-m", "jobs.cli", *training.arguments(10**9)]
     job(nodes, "submit", "--no-wait", "--submission-id", "it", "--runtime-env-json", wait, "--", *entry)
     until = time.monotonic() + 300
     while training.recorded_steps < 500:
