@@ -44,7 +44,7 @@ def require_moderate(source: pa.NativeFile, parquet: pq.ParquetFile, groups: Ite
             width = held.byte_width if pa.types.is_fixed_size_binary(held) else _VALUE_BYTES
             most = ROW_GROUP_ROWS * width + _SPARE_BYTES
             for size in page_sizes(source, chunk):
-                if not 0 <= size <= most:
+                if size > most:
                     raise ValueError(f"a page of {chunk.path_in_schema} takes {size} bytes, more than {most}")
 
 
@@ -61,16 +61,17 @@ def page_sizes(source: pa.NativeFile, chunk: pq.ColumnChunkMetaData) -> Iterator
     while at < end:
         header = _Header(source.read_at(min(_MOST_HEADER_BYTES, end - at), at))
         unpacked, packed = header.sizes()
-        if packed < 0:
-            raise ValueError(f"a page has {packed} bytes")
-        yield unpacked
         at += header.at + packed
+        if at > end:
+            raise ValueError("a page leads out of its column")
+        yield unpacked
 
 
 class _Header:
     """A page's header, a struct in Thrift's compact encoding, of which two numbers are wanted and the length.
 
-    parquet.thrift: PageHeader has 2: i32 uncompressed_page_size, 3: i32 compressed_page_size.
+    parquet.thrift: PageHeader has 2: i32 uncompressed_page_size, 3: i32 compressed_page_size. What Arrow could read in
+    another way than this does is refused: a field that comes twice, of another type, or cut to 16 or 32 bits.
     """
 
     def __init__(self, content: bytes) -> None:
@@ -79,9 +80,10 @@ class _Header:
     def sizes(self) -> tuple[int, int]:
         """The page's size unpacked and packed, in bytes; `at` is the header's length then."""
         found = self._struct(depth=0)
-        if not {2, 3} <= found.keys():
+        unpacked, packed = found.get(2, -1), found.get(3, -1)
+        if not (0 <= unpacked < 1 << 31 and 0 <= packed < 1 << 31):
             raise ValueError("a page's header says no size")
-        return found[2], found[3]
+        return unpacked, packed
 
     def _byte(self) -> int:
         if self.at >= len(self._content):
@@ -105,11 +107,13 @@ class _Header:
         return (value >> 1) ^ -(value & 1)
 
     def _struct(self, depth: int) -> dict[int, int]:
-        """Its integers, by the number of their field."""
-        found, field = {}, 0
+        """Its integers of 32 bits, by the number of their field; in that order they come."""
+        found, last = {}, 0
         while head := self._byte():
-            field = field + (head >> 4) if head >> 4 else self._integer()
-            value = self._value(head & 0x0F, depth)
+            field = last + (head >> 4) if head >> 4 else self._integer()
+            if not last < field < 1 << 15:
+                raise ValueError("a page's header names its fields in another order")
+            value, last = self._value(head & 0x0F, depth), field
             if value is not None:
                 found[field] = value
         return found
@@ -118,7 +122,8 @@ class _Header:
         if depth > 8:
             raise ValueError("a page's header is too deep")
         if 4 <= kind <= _I64:
-            return self._integer()
+            number = self._integer()
+            return number if kind == _I32 else None
         if kind in _FIXED_BYTES:
             self.at += _FIXED_BYTES[kind]
         elif kind == _BINARY:
@@ -126,8 +131,12 @@ class _Header:
             self.at += length
         elif kind in (_LIST, _SET):
             head = self._byte()
-            for _ in range(head >> 4 if head >> 4 < 15 else self._varint()):
-                self._value(head & 0x0F, depth + 1)
+            count, kind = head >> 4 if head >> 4 < 15 else self._varint(), head & 0x0F
+            if kind in _FIXED_BYTES:
+                self.at += count * max(1, _FIXED_BYTES[kind])  # truths take a byte each here
+                return None
+            for _ in range(count):
+                self._value(kind, depth + 1)
                 if self.at > len(self._content):
                     break
         elif kind == _STRUCT:

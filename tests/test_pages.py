@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +14,7 @@ import pytest
 from sealing import reseal_dataset
 from toy_frames import toy_dataset
 
+from pipeline.episodes import read_episodes
 from pipeline.errors import UserError
 from pipeline.order import RowRange
 from pipeline.pages import page_sizes
@@ -56,7 +59,26 @@ def after_varint(content: bytes, at: int) -> int:
     return at + 1 if content[at] < 0x80 else after_varint(content, at + 1)
 
 
-def plant_bomb(path: Path) -> None:
+def plainly(unpacked: int, packed: int) -> bytes:
+    """A page's two sizes as every writer puts them: fields 2 and 3, of 32 bits."""
+    return b"\x15" + varint(2 * unpacked) + b"\x15" + varint(2 * packed)
+
+
+def then_as_64_bits(unpacked: int, packed: int) -> bytes:
+    """Field 2 once more, small, of a type that Arrow skips."""
+    return b"\x15" + varint(2 * unpacked) + b"\x06" + varint(4) + varint(20) + b"\x15" + varint(2 * packed)
+
+
+def under_a_number_of_17_bits(unpacked: int, packed: int) -> bytes:
+    """A small field 2, then the large one as field 65538, of which Arrow keeps 16 bits."""
+    large = b"\x05" + varint(2 * 65538) + varint(2 * unpacked)
+    return b"\x15" + varint(20) + large + b"\x05" + varint(6) + varint(2 * packed)
+
+
+Sizes = Callable[[int, int], bytes]
+
+
+def plant_bomb(path: Path, sizes_of: Sizes = plainly) -> None:
     """Puts zeros, few bytes of sound zstd, into the place of the only page of obs; the footer stays true."""
     content = path.read_bytes()
     metadata = pq.ParquetFile(path).metadata.row_group(0)
@@ -67,10 +89,14 @@ def plant_bomb(path: Path) -> None:
     assert content[begin] == content[kind_end] == 0x15  # an i32, the next field
     packed = pa.Codec("zstd").compress(bytes(BOMB_BYTES), asbytes=True)
     header_end = next(at for at in range(sizes_end, end) if content[at : at + 4] == b"\x28\xb5\x2f\xfd")  # zstd's sign
-    sizes = b"\x15" + varint(2 * BOMB_BYTES) + b"\x15" + varint(2 * len(packed))
-    page = content[begin:kind_end] + sizes + content[sizes_end:header_end] + packed
-    assert len(page) <= end - begin
-    path.write_bytes(content[:begin] + page + content[begin + len(page) :])
+    size = end - header_end - 16  # 8 bytes of a frame that is skipped; longer sizes
+    header = content[begin:kind_end] + sizes_of(BOMB_BYTES, size) + content[sizes_end:header_end]
+    size = end - begin - len(header)
+    header = content[begin:kind_end] + sizes_of(BOMB_BYTES, size) + content[sizes_end:header_end]
+    skipped = b"\x50\x2a\x4d\x18" + (size - len(packed) - 8).to_bytes(4, "little")
+    page = (header + packed + skipped).ljust(end - begin, b"\0")
+    assert len(page) == end - begin
+    path.write_bytes(content[:begin] + page + content[end:])
 
 
 def noisy_dataset(folder: Path) -> FramesDataset:
@@ -88,16 +114,41 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
-def test_a_page_that_grows_when_it_is_unpacked(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("sizes_of", "complaint"),
+    [
+        (plainly, f"a page of obs takes {BOMB_BYTES} bytes, more than"),
+        (then_as_64_bits, "a page's header names its fields in another order"),
+        (under_a_number_of_17_bits, "a page's header names its fields in another order"),
+    ],
+)
+def test_a_page_that_grows_when_it_is_unpacked(tmp_path: Path, sizes_of: Sizes, complaint: str) -> None:
     dataset = noisy_dataset(tmp_path / "data")
-    plant_bomb(tmp_path / "data" / FILE)
+    plant_bomb(tmp_path / "data" / FILE, sizes_of)
     reseal_dataset(tmp_path / "data")
     before = peak_bytes()
-    with pytest.raises(UserError, match=rf"a page of obs takes {BOMB_BYTES} bytes, more than"):
+    with pytest.raises(UserError, match=complaint):
         read_rows(Place.of(dataset), RowRange(FILE, 0, 10), ["obs"])
     [problem] = FramesDataset.open(dataset.uri).verify()
-    assert "a page of obs takes" in problem
+    assert complaint in problem
     assert peak_bytes() - before < BOMB_BYTES // 4
+
+
+@pytest.mark.parametrize(
+    ("header", "complaint"),
+    [
+        (plainly(10, (1 << 32) + 10), "says no size"),  # of which Arrow keeps 10, and reads on after them
+        (plainly(10, 1_000), "leads out of its column"),
+        (plainly((1 << 32) + 10, 10), "says no size"),
+        (b"\x26" + varint(20) + b"\x15" + varint(20), "says no size"),  # of 64 bits
+        (plainly(10, 10) + b"\x69\xf1" + varint(1 << 40), "does not end"),  # so many truths, of no byte each
+    ],
+)
+def test_a_header_that_is_read_in_two_ways(header: bytes, complaint: str) -> None:
+    content = b"\x15\x00" + header + b"\x00" + bytes(10)
+    chunk = SimpleNamespace(data_page_offset=0, has_dictionary_page=False, total_compressed_size=len(content))
+    with pytest.raises(ValueError, match=complaint):
+        list(page_sizes(pa.BufferReader(content), chunk))
 
 
 def test_a_row_group_without_end(tmp_path: Path) -> None:
@@ -128,6 +179,18 @@ def test_a_table_of_episodes_with_one_long_text(tmp_path: Path) -> None:
     assert path.stat().st_size < 1 << 20
     with pytest.raises(UserError, match="texts are longer than names can be"):
         _ = FramesDataset.open(dataset.uri).episodes
+
+
+def test_a_table_of_episodes_whose_pages_are_moderate_but_many(tmp_path: Path) -> None:
+    """Every row in a group of its own, with one long text, which takes few bytes."""
+    row = {field.name: [1] for field in EPISODES_SCHEMA} | {"file": ["x" * (30 << 20)], "split": ["val"]}
+    table, path = pa.table(row, EPISODES_SCHEMA), tmp_path / "episodes.parquet"
+    with pq.ParquetWriter(path, EPISODES_SCHEMA, compression="zstd") as writer:
+        for _ in range(9):
+            writer.write_table(table)
+    assert path.stat().st_size < 1 << 20
+    with pytest.raises(ValueError, match=r"pages take 28\d{7} bytes, more than all of it can"):
+        read_episodes(path.read_bytes(), 1_000)
 
 
 def test_json_of_nothing_but_brackets() -> None:
