@@ -73,6 +73,7 @@ class Board:
     def flush(self, *, wait: bool = False) -> None:
         """Sends what is queued."""
         rows, self._rows, self._posted = self._rows, [], time.perf_counter()
+        self.is_asked_to_stop()  # the answer to the rows before, whose place the next one takes
         if not self._is_silent:
             self._answer = self._mailbox.put.remote(rows)
             if wait:

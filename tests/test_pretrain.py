@@ -20,9 +20,12 @@ import torch
 from fault_rows import measured
 from toy_frames import toy_dataset
 
+from pipeline import board
 from pipeline.artifact import load_encoder, load_model
+from pipeline.checkpoint import Progress
 from pipeline.errors import Terminated, UserError
 from pipeline.loop import learning_rate
+from pipeline.mailbox import Mailbox
 from pipeline.models.vae import VAESettings
 from pipeline.store import FramesDataset
 from pipeline.train import PretrainConfig, pretrain
@@ -175,6 +178,20 @@ def test_asked_to_stop_it_keeps_its_place_within_an_epoch_and_goes_on_bit_for_bi
     assert resumed.steps == whole.steps == 2_000
     assert resumed.steps_per_worker == (2_000 - kept_at,)
     assert resumed.sha256 == whole.sha256
+
+
+def test_a_training_whose_every_row_is_sent_at_once_hears_the_wish(monkeypatch):
+    """As where a row takes longer than the time between two messages: no answer is there right after its question."""
+    monkeypatch.setattr(board, "SECONDS_BETWEEN_POSTS", 0.0)
+    mailbox = Mailbox.remote()
+    ray.get(mailbox.ask_to_stop.remote())
+    figures = board.Board(mailbox, CONFIG, MODEL.for_frames(84, 84), is_silent=False)
+    for step in range(60):
+        figures.post(Progress(step, 0, 0, 0.0, 0.0, 1), {"loss": 1.0})
+        if figures.is_asked_to_stop():
+            return
+        time.sleep(0.5)
+    pytest.fail("nobody has read the answers")
 
 
 def spoil(checkpoint: Path, how: str) -> None:
