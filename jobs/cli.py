@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return _main(arguments)
         finally:
-            sys.stdout.flush()
+            print(end="", flush=True)  # there may be no sys.stdout
     except BrokenPipeError:
         return readers.let_go()
 

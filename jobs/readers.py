@@ -25,7 +25,9 @@ def let_go() -> int:
     return EXIT_CODE
 
 
-def _has_lost_its_reader(stream: TextIO) -> bool:
+def _has_lost_its_reader(stream: TextIO | None) -> bool:
+    if stream is None:  # closed when this process was started
+        return False
     poll = select.poll()
     try:
         poll.register(stream.fileno(), 0)  # errors are always told

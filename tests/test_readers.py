@@ -40,6 +40,13 @@ def test_nobody_reads_the_complaint(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (readers.EXIT_CODE, "")
 
 
+def test_there_never_was_a_reader(tmp_path: Path) -> None:
+    shell = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-m", "jobs.cli", "recipes"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(shell, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_another_broken_pipe_is_not_taken_for_one(tmp_path: Path) -> None:
     program = (
         "import jobs.recipes, jobs.cli\n"
