@@ -29,6 +29,10 @@ class GraphedUpdate:
 
     def __call__(self, batch: Batch) -> tuple[Any, ...]:
         """One update; its results are the caller's."""
+        with torch.cuda.device(next(iter(batch.values())).device):  # or the record is one of another GPU, empty
+            return self._call(batch)
+
+    def _call(self, batch: Batch) -> tuple[Any, ...]:
         self._num_calls += 1
         if self._num_calls <= _EAGER_CALLS:
             return self._apart(batch)
@@ -51,5 +55,5 @@ class GraphedUpdate:
     def _record(self, batch: Batch) -> None:
         self._inputs = {name: x.clone(memory_format=torch.contiguous_format) for name, x in batch.items()}
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, stream=torch.cuda.Stream()):  # type: ignore[no-untyped-call]
             self._results = self._update(self._inputs)

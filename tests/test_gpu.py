@@ -33,10 +33,11 @@ def _session():
 
 
 def both_learners(tmp_path, mode: str, q: QConfig, **training):
-    """On the CPU and on the GPU, with the same weights."""
+    """On the CPU and on the GPU, with the same weights; of several GPUs not on the one that torch takes by itself."""
     configs = [test_learner.make_config(tmp_path / name, mode, q, **training) for name in ("cpu", "gpu")]
     on_cpu = configs[0].build_learner(spaces=test_learner.spaces_of(mode))
-    on_gpu = configs[1].learners(num_gpus_per_learner=1).build_learner(spaces=test_learner.spaces_of(mode))
+    on_gpu = configs[1].learners(num_gpus_per_learner=1, local_gpu_idx=torch.cuda.device_count() - 1)
+    on_gpu = on_gpu.build_learner(spaces=test_learner.spaces_of(mode))
     on_gpu.module["default_policy"].load_state_dict(on_cpu.module["default_policy"].state_dict())
     return on_cpu, on_gpu
 
