@@ -73,7 +73,7 @@ def run(
         agent_steps: Decisions to take; the run ends with the first fragment that reaches them.
         num_env_runners: Remote rollout workers; 0 samples in the driver.
         num_learners: Remote learners; 0 learns in the driver.
-        num_gpus_per_learner: More than 0 learns on a GPU; remote learners share one by a share of it each.
+        num_gpus_per_learner: More than 0 learns on a GPU; a share of one to a single remote learner only.
         protocol: The rules that the game is played by.
         seed: Of everything random.
         register: Name of the registered model; GAME-agent if None.

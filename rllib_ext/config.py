@@ -247,10 +247,8 @@ class LatentDQNConfig(AlgorithmConfig):
             what = f"train.batch_size is {self.settings.batch_size}"
             raise UserError(f"{what}, which {self.num_learners} learners cannot share evenly; make it a multiple")
         gpus = self.num_gpus_per_learner
-        if not 0 <= gpus <= 1:
-            raise UserError(
-                f"num_gpus_per_learner is {gpus}, and a learner computes on one; give 0, 1 or a share of it"
-            )
+        if not 0 <= gpus <= 1 or (gpus % 1 and self.num_learners > 1):  # NCCL refuses two processes on one GPU
+            raise UserError(f"num_gpus_per_learner is {gpus}; give 0, 1 or a share of one, that to a single learner")
         if self.num_learners:
             return
         seen = torch.cuda.device_count() if gpus else 0

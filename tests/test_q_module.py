@@ -287,6 +287,15 @@ def test_a_gpu_that_no_machine_has_is_refused(tmp_path, monkeypatch, num_learner
         assert "\n" not in str(caught.value)
 
 
+def test_several_learners_cannot_share_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    config = toy_config("frozen", make_encoder(tmp_path / "encoder")).learners(num_learners=2, num_gpus_per_learner=0.5)
+    with pytest.raises(UserError, match=r"is 0\.5; give 0, 1 or a share of one, that to a single"):
+        config.check()
+    config.learners(num_learners=1).check()
+    config.learners(num_learners=2, num_gpus_per_learner=1).check()
+
+
 def test_modes_and_encoders_must_fit(tmp_path):
     encoder = make_encoder(tmp_path / "encoder")
     with pytest.raises(UserError, match="mode frozen needs an encoder"):
