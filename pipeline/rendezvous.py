@@ -60,9 +60,11 @@ class _ThroughFile(_TorchBackend):
         ray.get([worker_group.execute_single_async(rank, _join, path, rank, size, timeout_s) for rank in range(size)])
 
     def on_shutdown(self, worker_group: Any, backend_config: OneMachine) -> None:
-        """Parts them."""
-        super().on_shutdown(worker_group, backend_config)
-        shutil.rmtree(backend_config.folder, ignore_errors=True)
+        """Parts them; a worker that is lost raises here."""
+        try:
+            super().on_shutdown(worker_group, backend_config)
+        finally:
+            shutil.rmtree(backend_config.folder, ignore_errors=True)
 
 
 def _join(path: str, rank: int, size: int, timeout_s: float) -> None:

@@ -71,6 +71,18 @@ def test_a_group_asks_a_function_of_its_module_how_its_learners_meet():
     assert learner_group._get_backend_config is theirs
 
 
+def test_workers_that_are_lost_leave_no_place_where_they_met(tmp_path):
+    class Lost(list):
+        def execute_async(self, *arguments, **options):
+            raise ray.exceptions.RayActorError
+
+    meeting = OneMachine(folder=str(tmp_path / "meeting"))
+    (tmp_path / "meeting").mkdir()
+    with pytest.raises(ray.exceptions.RayActorError):
+        meeting.backend_cls().on_shutdown(Lost("ab"), meeting)
+    assert not (tmp_path / "meeting").exists()
+
+
 def test_several_learners_are_wrapped_with_the_configured_keywords_when_built():
     source = inspect.getsource(TorchLearner._make_modules_ddp_if_necessary)
     assert "if self.config.num_learners > 1:" in source
