@@ -12,6 +12,7 @@ import ray
 from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
 from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.autoscaler.v2.utils import is_autoscaler_v2
+from ray.exceptions import RayError
 from ray.experimental.internal_kv import _internal_kv_get
 
 _MADE_BY_HAND = "node_"  # how Ray names the kind of a node that no autoscaler has made
@@ -32,7 +33,10 @@ class Autoscaler:
 def autoscaler() -> Autoscaler | None:
     """The cluster's autoscaler; None where nodes are added by hand only, which Ray watches in the same way."""
     if is_autoscaler_v2():
-        status = get_cluster_status(ray.get_runtime_context().gcs_address, timeout=_TIMEOUT_S)
+        try:
+            status = get_cluster_status(ray.get_runtime_context().gcs_address, timeout=_TIMEOUT_S)
+        except (RayError, RuntimeError):  # too busy to say what it is starting
+            return Autoscaler(0)
         return Autoscaler(len(status.pending_nodes) + sum(launch.count for launch in status.pending_launches))
     report: Mapping[str, Any] = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}").get(
         "autoscaler_report", {}

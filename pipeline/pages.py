@@ -6,6 +6,7 @@ GiB. A row group, read as a whole, can hold any number of rows in next to no byt
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 
 import pyarrow as pa
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 
 from pipeline.schema import ROW_GROUP_ROWS
 
-_MOST_HEADER_BYTES = 1 << 16
+_HEADER_BYTES = 1 << 12, 1 << 16  # read at first; at most, where statistics in it are long
 _SPARE_BYTES = 1 << 20  # of a page, for lengths, levels and a dictionary
 _VALUE_BYTES = 8
 _I32, _I64, _BINARY, _LIST, _SET, _STRUCT = 5, 6, 8, 9, 10, 12
@@ -59,12 +60,24 @@ def page_sizes(source: pa.NativeFile, chunk: pq.ColumnChunkMetaData) -> Iterator
         at = min(at, chunk.dictionary_page_offset)
     end = at + chunk.total_compressed_size
     while at < end:
-        header = _Header(source.read_at(min(_MOST_HEADER_BYTES, end - at), at))
-        unpacked, packed = header.sizes()
-        at += header.at + packed
+        unpacked, packed, length = _sizes(source, at, end)
+        at += length + packed
         if at > end:
             raise ValueError("a page leads out of its column")
         yield unpacked
+
+
+def _sizes(source: pa.NativeFile, at: int, end: int) -> tuple[int, int, int]:
+    """Bytes of the page there, unpacked and packed, and of its header."""
+    for num_bytes in _HEADER_BYTES:
+        header = _Header(source.read_at(min(num_bytes, end - at), at))
+        with contextlib.suppress(_CutOffError):
+            return *header.sizes(), header.at
+    raise ValueError("a page's header does not end")
+
+
+class _CutOffError(Exception):
+    """More of the file is needed."""
 
 
 class _Header:
@@ -87,7 +100,7 @@ class _Header:
 
     def _byte(self) -> int:
         if self.at >= len(self._content):
-            raise ValueError("a page's header does not end")
+            raise _CutOffError
         self.at += 1
         return self._content[self.at - 1]
 

@@ -196,3 +196,10 @@ def test_a_table_of_episodes_whose_pages_are_moderate_but_many(tmp_path: Path) -
 def test_json_of_nothing_but_brackets() -> None:
     with pytest.raises(UserError, match="18000009 bytes, more than the 16777216"):
         parse_object(b'{"a": [' + b"[]," * 6_000_000 + b"0]}"[:2], "it")
+
+
+def test_a_long_header_is_read_to_its_end() -> None:
+    header = b"\x15\x00" + plainly(20, 10) + b"\x18" + varint(5_000) + bytes(5_000) + b"\x00"  # as of long statistics
+    content = (header + bytes(10)) * 2
+    chunk = SimpleNamespace(data_page_offset=0, has_dictionary_page=False, total_compressed_size=len(content))
+    assert list(page_sizes(pa.BufferReader(content), chunk)) == [20, 20]
