@@ -18,6 +18,7 @@ from jobs.needs import Needs
 from jobs.node_probe import first_line
 from jobs.nodes import Nodes
 from jobs.place_trial import PlaceTrial
+from jobs.watch import sign_of_life
 from jobs.workspace import Workspace
 from pipeline.errors import UserError
 from pipeline.patience import within
@@ -122,7 +123,7 @@ class _Doctor:
         self._take("versions", QUICK_S, checks.versions, nodes, within_s)
         self._take("clock", QUICK_S, checks.clocks, nodes, within_s)
         self._take("object store", QUICK_S, checks.object_stores, nodes, within_s)
-        self._take("token", joining.START_WITHIN_S + joining.ANSWER_WITHIN_S + SPARE_S, checks.token)
+        self._take("token", joining.ANSWER_WITHIN_S + SPARE_S, checks.token)
 
     def _look_at_places(self) -> None:
         replays = checks.KEPT_REPLAYS * self._needs.replay_bytes if self._needs else 0
@@ -149,6 +150,7 @@ class _Doctor:
     ) -> None:
         """Runs a check for so long at most and keeps what it found; one that is not bounded here bounds itself."""
         print(f"looking at {name}, at most {limit_s:.0f} s", file=sys.stderr)
+        sign_of_life()
         began = time.monotonic()
         found: list[Finding] = []
 

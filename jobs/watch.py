@@ -91,4 +91,6 @@ def _resources(what: str, needs: dict[str, float]) -> str:
     )
     missing = [name for name, amount in needs.items() if all_of.get(name, 0) < amount]
     waits = f"; waiting for a node with {' and '.join(missing)}s" if missing else ""
-    return f"Ray has {len(nodes) - num_dead} nodes ({num_dead} lost), {amounts}{waits}"
+    num_alive = len(nodes) - num_dead
+    has = f"Ray has {num_alive} node{'s' * (num_alive != 1)} ({num_dead} lost)"
+    return f"{has}, {amounts}{waits}" if amounts else has

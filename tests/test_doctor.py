@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,6 +14,8 @@ from doctor_toys import doctor, said, states
 from registry_toys import free_port
 
 from jobs.cli import main
+from jobs.joining import asks_for_token
+from pipeline.errors import UserError
 
 
 def test_a_laptop_needs_nothing_and_is_left_as_it_was(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -23,6 +28,7 @@ def test_a_laptop_needs_nothing_and_is_left_as_it_was(capfd: pytest.CaptureFixtu
     }
     assert "1 rollout worker take 1 at once" in said(found, "CPUs", "ok")
     assert "a full replay of 200,000 rows takes 0.15 GiB" in said(found, "memory", "ok")
+    assert "asks for a token" in said(found, "token", "ok")
     assert not list(tmp_path.iterdir())
 
 
@@ -42,6 +48,20 @@ def test_what_is_away_is_named_in_time(capfd: pytest.CaptureFixture[str], tmp_pa
     assert "lower train.replay_capacity" in said(found, "memory", "bad")
     assert "two replays" in said(found, "home", "bad")
     assert not list((tmp_path / "home").iterdir())
+
+
+def test_a_token_is_asked_for_only_where_that_is_what_the_cluster_says() -> None:
+    """Whoever answers nothing has not refused."""
+    with pytest.raises(UserError, match="does not say whether it asks for a token"):
+        asks_for_token(f"127.0.0.1:{free_port()}")
+    program = (
+        "import ray; from jobs.joining import asks_for_token; "
+        "ray.init('local', num_cpus=1, include_dashboard=False); "
+        "print(asks_for_token(ray.get_runtime_context().gcs_address))"
+    )
+    open_to_all = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=open_to_all, check=True)
+    assert ended.stdout.splitlines()[-1] == "False"
 
 
 @pytest.mark.parametrize(
