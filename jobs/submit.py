@@ -65,7 +65,7 @@ class Wishes:
             UserError: The first problem.
         """
         for option in ("num_cpus", "num_gpus", "memory_gib"):
-            if (getattr(self, option) or 0) < 0:
+            if not 0 <= (getattr(self, option) or 0) < float("inf"):
                 raise UserError(f"--{option.replace('_', '-')} is {getattr(self, option):g}; ask for 0 or more")
         if self.name is not None and not (self.name.replace("-", "").isalnum() and len(self.name) <= MAX_NAME):
             raise UserError(f"--name {self.name!r} is not usable; take letters, digits and '-', at most {MAX_NAME}")

@@ -342,7 +342,9 @@ def _look_for_life(address: Address) -> None:
 def _check_database(database: Path, *, may_create: bool) -> None:
     """Opens the file for writing ourselves first: MLflow would retry a hopeless one for a hundred seconds."""
     if not may_create and not database.exists():
-        raise UserError(f"there is no tracking database at {database}; check --tracking-uri, or register a model first")
+        raise UserError(
+            f"there is no tracking database at {database}; check --home and --tracking-uri, or register a model first"
+        )
     try:
         database.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.closing(sqlite3.connect(database, timeout=DATABASE_LOCK_WAIT_S)) as connection:

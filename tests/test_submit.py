@@ -95,6 +95,8 @@ def test_bad_stages_are_refused_at_once(
     ("arguments", "message"),
     [
         (["--num-cpus", "-1"], "--num-cpus is -1"),
+        (["--memory-gib", "nan"], "--memory-gib is nan"),
+        (["--num-gpus", "inf"], "--num-gpus is inf"),
         (["--name", "a/b"], "--name 'a/b' is not usable"),
         (["--secrets-file", "secrets.env"], "--secrets-file secrets.env is relative"),
         (["--env", "A"], "write it as NAME=VALUE"),
