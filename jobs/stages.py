@@ -137,7 +137,8 @@ def _pretrain(stages: Any) -> None:
             "seconds",
             "run_folder",
         )
-        return f"{shown}\nnext: latentrl train --game GAME --encoder {r['model_uri']} --mode frozen"
+        encoder = r["model_uri"] or r["bundle"]
+        return f"{shown}{_champion(r)}\nnext: latentrl train --game GAME --encoder {encoder} --mode frozen"
 
     details = (
         "Ray Data streams the frames into Ray Train; the finished encoder becomes a version of --register in MLflow,\n"
@@ -154,6 +155,16 @@ def _pretrain(stages: Any) -> None:
     _resume_options(p)
     gathered(p)
     places(p, has_workers=True)
+
+
+def _champion(r: Result) -> str:
+    """Why a registered encoder is not the champion, where its figures cannot say."""
+    if r["has_heldout"] or not r["aliases"] or "champion" in r["aliases"]:
+        return ""
+    return (
+        "\nnote: not champion, since no episode of this dataset is held out and bits per dim are of training frames; "
+        "collect more, or make it champion with --promote"
+    )
 
 
 def _encode(stages: Any) -> None:

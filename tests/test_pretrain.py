@@ -20,6 +20,7 @@ import torch
 from fault_rows import measured
 from toy_frames import toy_dataset
 
+from jobs.cli import parser
 from pipeline import board
 from pipeline.artifact import load_encoder, load_model
 from pipeline.checkpoint import Progress
@@ -320,3 +321,20 @@ def test_the_job_leaves_a_registered_model_pictures_and_a_record(dataset, tmp_pa
     shutil.rmtree(folder / job.CHECKPOINTS_FOLDER)  # cut off before there was anything to go on with
     name, settings = "pretrain-toy-encoder", to_dict(recipe)
     assert earlier_run(workspace, name, settings, job._has_started, is_required=False) == Earlier()
+
+
+@pytest.mark.parametrize(
+    ("differs", "is_noted", "encoder"),
+    [
+        ({"aliases": ["latest", "champion"], "has_heldout": True}, False, "models:/toy/1"),
+        ({"aliases": ["latest"], "has_heldout": False}, True, "models:/toy/1"),
+        ({"model_uri": None, "aliases": [], "has_heldout": False}, False, "/runs/pretrain-toy-001/bundle"),  # no server
+    ],
+)
+def test_what_is_printed_names_an_encoder_that_there_is(
+    differs: dict[str, object], is_noted: bool, encoder: str
+) -> None:
+    options = parser().parse_args(["pretrain", "--data", "frames", "--register", "toy"])
+    said = options.present({"model_uri": "models:/toy/1", "bundle": "/runs/pretrain-toy-001/bundle", **differs})
+    assert ("note: not champion" in said) == is_noted
+    assert f"--encoder {encoder} " in said.splitlines()[-1]
