@@ -33,7 +33,6 @@ from ray.rllib.utils.metrics import (
 )
 
 from pipeline.errors import UserError, reading
-from pipeline.rendezvous import on_one_machine
 from rllib_ext import compat
 from rllib_ext.checkpoint import verify_checkpoint, write_checkpoint
 from rllib_ext.config import LatentDQNConfig
@@ -77,6 +76,8 @@ class LatentDQN(Algorithm):
         self.settings: DQNSettings = config.settings
         self.config = self._with_bundle(config)
         torch.set_num_threads(self.config.learner_threads)
+        from pipeline.rendezvous import on_one_machine  # here: it brings Ray Data, which rollout workers do without
+
         with compat.learners_meet_by(on_one_machine(self.config.num_learners)):
             super().setup(self.config)
         self.learners = Learners(self.learner_group)

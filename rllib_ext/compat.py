@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.rllib.core.learner import learner_group
 from ray.rllib.core.learner.learner import Learner
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
-from ray.train.backend import BackendConfig
+
+if TYPE_CHECKING:
+    from ray.train.backend import BackendConfig
 
 
 @contextlib.contextmanager
@@ -23,6 +24,8 @@ def learners_meet_by(config: BackendConfig | None) -> Iterator[None]:
 
     RLlib 2.60 makes that configuration itself, by a function of its module. None leaves it to that.
     """
+    from ray.rllib.core.learner import learner_group  # here: it brings Ray Data, which rollout workers do without
+
     before = learner_group._get_backend_config
     if config is not None:
         learner_group._get_backend_config = lambda learner_class: config
