@@ -27,6 +27,7 @@ from pipeline.store import FramesDataset
 
 CHUNK_BYTES = 32 << 20
 READ_AHEAD_CHUNKS = 3
+PLANNED_CHUNKS = 1_000  # of a pipeline, about; a training that ends by time may have any number of epochs
 STREAM_BYTES = 2 * READ_AHEAD_CHUNKS * CHUNK_BYTES  # of the object store, at most
 PREFETCH_BATCHES = 4
 SCHEDULER_REST_S = 0.1
@@ -44,7 +45,7 @@ def training_batches(
     skip_batches: int = 0,
     device: torch.device = CPU,
 ) -> Generator[Tensor, None, None]:
-    """A worker's batches of several epochs, one after the other, from a single Ray Data pipeline.
+    """A worker's batches of several epochs, one after the other, from one Ray Data pipeline for many of them.
 
     Args:
         dataset: Where the frames are.
@@ -61,10 +62,16 @@ def training_batches(
         UserError: A file is damaged; it is named.
         RuntimeError: Frames were lost on the way.
     """
-    chunks = [chunk for epoch in epochs for chunk in _epoch_chunks(dataset, order, epoch, worker)]
-    chunks = list(_after(chunks, skip_batches * order.worker_batch_size))
-    expected = len(epochs) * order.num_batches - skip_batches
-    yield from _counted(_stream(dataset, chunks, order.worker_batch_size, device), expected, order.worker_batch_size)
+    size = order.worker_batch_size
+    chunks_an_epoch = -(-order.num_batches * size // _chunk_rows(dataset))
+    together = max(1, PLANNED_CHUNKS // chunks_an_epoch)
+    for first in range(0, len(epochs), together):
+        span = epochs[first : first + together]
+        chunks = [chunk for epoch in span for chunk in _epoch_chunks(dataset, order, epoch, worker)]
+        chunks = list(_after(chunks, skip_batches * size))
+        expected = len(span) * order.num_batches - skip_batches
+        yield from _counted(_stream(dataset, chunks, size, device), expected, size)
+        skip_batches = 0
 
 
 def all_batches(

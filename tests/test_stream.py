@@ -159,3 +159,20 @@ def test_ray_data_still_calls_the_hook_that_paces_its_scheduler(dataset, monkeyp
     monkeypatch.setattr(stream._Paced, "on_execution_step", lambda self, executor: calls.append(executor))
     read(dataset, plan(dataset, batch_size=8))
     assert calls
+
+
+def test_epochs_of_several_pipelines_are_those_of_one(dataset, monkeypatch):
+    order, epochs = plan(dataset), range(4)
+    whole = read(dataset, order, epochs)
+    monkeypatch.setattr(stream, "CHUNK_BYTES", 4_000 * 120)  # a chunk an epoch, as above
+    monkeypatch.setattr(stream, "PLANNED_CHUNKS", 3)
+    assert read(dataset, order, epochs) == whole
+    rest = training_batches(dataset, order, epochs, 0, 7)
+    assert [s for batch in rest for s in stamps(batch.numpy())] == whole[64 * 7 :]
+
+
+def test_epochs_without_end_begin_at_once(dataset):
+    """As of a training that is to end by time."""
+    batches = training_batches(dataset, plan(dataset), range(10**12), 0)
+    assert next(batches).shape == (64, 12, 10)
+    batches.close()
