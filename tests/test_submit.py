@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from jobs.package import MAX_BYTES, own_checkout, packed, pinned_environment
 from jobs.submission import Submission, ready_for_a_cluster, understood
 from jobs.workspace import JOB_VARIABLE, Workspace
 from pipeline.errors import UserError
-from pipeline.secrets import SECRETS_FILE_VARIABLE, is_secret_name, load_secrets, secret_in
+from pipeline.secrets import SECRETS_FILE_VARIABLE
 
 PARSERS = next(action.choices for action in parser()._actions if action.choices)
 COLLECT = "collect --game pong --frames 100 --out /shared/frames --home /shared/home"
@@ -128,26 +127,6 @@ def test_planted_secrets_are_refused_and_not_repeated(capfd: pytest.CaptureFixtu
     assert "holds a secret" in complaint
     assert "--secrets-file" in complaint
     assert PLANTED not in complaint
-
-
-SECRET_NAMES = "PGPASSWORD MY_TOKEN aws_secret_access_key AWS_ACCESS_KEY_ID api.key HF_TOKEN GOOGLE_CREDENTIALS"
-OTHER_NAMES = (
-    "MONKEY TOKENIZERS_PARALLELISM MLFLOW_TRACKING_USERNAME RAY_AUTH_TOKEN_PATH LATENTRL_SECRETS_FILE train.lr"
-)
-
-
-def test_names_of_secrets_are_told_from_others() -> None:
-    assert [name for name in SECRET_NAMES.split() if not is_secret_name(name)] == []
-    assert [name for name in OTHER_NAMES.split() if is_secret_name(name)] == []
-    for harmless in (
-        "models:/pong-encoder@champion",
-        "http://tracking:5000",
-        "s3://bucket/a",
-        "train.lr=1e-4",
-        "a@b:c",
-    ):
-        assert secret_in(harmless) is None, harmless
-    assert secret_in("AKIAIOSFODNN7EXAMPLE") is not None
 
 
 # --- what is sent
@@ -386,44 +365,3 @@ def test_a_job_without_a_home_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     assert Workspace.at("/shared").home == Path("/shared")
     monkeypatch.setenv("LATENTRL_HOME", "/nodes")
     assert Workspace.at(None).home == Path("/nodes")
-
-
-def test_secrets_come_from_a_file_that_only_its_owner_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "secrets.env"
-    path.write_text(f"# mine\nexport PLANTED_PASSWORD='{PLANTED}'\nPLANTED_KEY=$HOME\n")
-    path.chmod(0o600)
-    monkeypatch.setenv("PLANTED_PASSWORD", "the environment's")
-    monkeypatch.setenv("PLANTED_KEY", "")
-    load_secrets()
-    assert os.environ["PLANTED_PASSWORD"] == "the environment's"
-    monkeypatch.setenv(SECRETS_FILE_VARIABLE, str(path))
-    load_secrets()
-    assert (os.environ["PLANTED_PASSWORD"], os.environ["PLANTED_KEY"]) == (PLANTED, "$HOME")
-
-
-@pytest.mark.parametrize(
-    ("mode", "content", "message"),
-    [
-        (0o640, f"PASSWORD={PLANTED}", "can be read by others .mode 640.; chmod 600"),
-        (0o604, f"PASSWORD={PLANTED}", "can be read by others"),
-        (0o600, f"{PLANTED}\n", "without NAME=VALUE"),
-        (0o600, "", "without NAME=VALUE"),
-        (0o600, None, "cannot read the secrets file .*No such file"),
-    ],
-)
-def test_bad_secrets_files_end_every_stage_with_one_line(
-    capfd: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    mode: int,
-    content: str | None,
-    message: str,
-) -> None:
-    path = tmp_path / "secrets.env"
-    if content is not None:
-        path.write_text(content)
-        path.chmod(mode)
-    monkeypatch.setenv(SECRETS_FILE_VARIABLE, str(path))
-    complaint = refused(capfd, "recipes")
-    assert re.search(message, complaint)
-    assert PLANTED not in complaint
