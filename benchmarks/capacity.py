@@ -146,10 +146,18 @@ def driver_s_per_step(part: dict[str, Any], ratio: float | None = None) -> float
     return part["take_s_per_step"] + ratio * (part["update_s"] + part["publish_s"] / part["updates_a_publication"])
 
 
-def predicted(part: dict[str, Any], num_workers: int, step_s: float, num_envs: int, ratio: float, cores: int) -> float:
-    """Agent steps per second by the parts: the least of what workers, driver and the machine's cores give."""
-    by_workers = num_workers / (step_s / num_envs + part["worker_s_per_step"])
-    by_cores = cores / (part["worker_s_per_step"] + driver_s_per_step(part, ratio))
+def predicted(part: dict[str, Any], num_workers: int, sleep_s: float, ratio: float, cores: int) -> float:
+    """Agent steps per second by the parts: the least of what workers, driver and the machine's cores give.
+
+    Args:
+        part: Its `worker_s_per_step` is measured in the same environment, what that sleeps included.
+        num_workers: Rollout workers.
+        sleep_s: Seconds of an agent step in which the worker sleeps and takes no core.
+        ratio: Updates an agent step.
+        cores: The machine's.
+    """
+    by_workers = num_workers / part["worker_s_per_step"]
+    by_cores = cores / (part["worker_s_per_step"] - sleep_s + driver_s_per_step(part, ratio))
     return min(by_workers, driver_rate(part, ratio), by_cores)
 
 
@@ -173,10 +181,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for name, (num_workers, changes) in RUNS.items():
         if options.short and num_workers > SHORT_WORKERS:
             continue
-        part, num_envs = measured["tireless" if changes else "sleeping"], changes.get("envs_per_runner", NUM_ENVS)
+        part, sleep_s = (measured["tireless"], 0.0) if changes else (measured["sleeping"], STEP_S / NUM_ENVS)
         ratio = changes.get("updates_per_agent_step", UPDATES_PER_AGENT_STEP)
         found = bench.figures(Cell("scaling", {"num_workers": num_workers, **changes}, options.seconds, settle_s, 0))
-        rate = predicted(part, num_workers, 0.0 if changes else STEP_S, num_envs, ratio, cores)
+        rate = predicted(part, num_workers, sleep_s, ratio, cores)
         runs[name] = {"predicted": rate, "measured": found["agent_steps_per_s"], "cpu_s": found["cpu_s_per_agent_step"]}
         print(f"{name}: {runs[name]['measured']:,.0f}/s, predicted {rate:,.0f}/s", file=sys.stderr, flush=True)
     return {
