@@ -64,6 +64,7 @@ class LatentDQNLearner(TorchLearner):
         self._on_cpu = self.device.type == "cpu"
         self._dtype = resolve_precision(self.settings.precision, self.device.type)
         self._graphed = GraphedUpdate(self._update_once)
+        self._latents = {name: torch.empty(0) for name in ("obs", "next_obs")}
         self.q_module: LatentQModule = self.module[DEFAULT_MODULE_ID].unwrapped()
         self.q_module.make_target_networks()
 
@@ -118,7 +119,7 @@ class LatentDQNLearner(TorchLearner):
         """
         started = time.perf_counter()
         own = self._own_share(drawn)
-        columns = _tensors(own, self.device)
+        columns = self._tensors(own)
         steps: list[Any] = []
         while len(steps) < len(own.action):
             first, last = len(steps), self._last_with_this_target(updates_before, len(steps), len(own.action))
@@ -147,6 +148,29 @@ class LatentDQNLearner(TorchLearner):
         first = compat.learner_rank(self) * share
         by_update: list[Any] = [column.reshape(-1, size, *column.shape[1:]) for column in drawn]
         return Transitions(*(column[:, first : first + share] for column in by_update))
+
+    def _tensors(self, own: Transitions) -> dict[str, Tensor]:
+        """The columns as tensors on the device, latents in float32.
+
+        On the CPU frames and numbers stay in the same memory, which must only be read. To a GPU they go through pinned
+        memory, and nobody waits for them.
+        """
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            columns = {name: torch.from_numpy(column) for name, column in own._asdict().items() if name != "ids"}
+        if not self._on_cpu:
+            columns = {name: x.pin_memory().to(self.device, non_blocking=True) for name, x in columns.items()}
+        for name in ("obs", "next_obs"):  # once, for all networks that read them
+            columns[name] = (
+                self._in_float32(name, columns[name]) if columns[name].is_floating_point() else columns[name]
+            )
+        return columns
+
+    def _in_float32(self, name: str, latents: Tensor) -> Tensor:
+        """A copy in memory that the next call uses again (see ColumnarReplay)."""
+        if self._latents[name].numel() < latents.numel():
+            self._latents[name] = torch.empty(latents.numel(), device=self.device)
+        return self._latents[name][: latents.numel()].view(latents.shape).copy_(latents)
 
     def _last_with_this_target(self, updates_before: int, first: int, num_updates: int) -> int:
         """The end of the updates from `first` on whose target values are worked out in one pass.
@@ -229,19 +253,3 @@ class LatentDQNLearner(TorchLearner):
         """Hash of the encoder's parameters inside the module; None where it holds no encoder."""
         encoder = self.q_module.network.encoder
         return None if encoder is None else artifact.weights_sha256(encoder)
-
-
-def _tensors(own: Transitions, device: torch.device) -> dict[str, Tensor]:
-    """The columns as tensors on a device, latents in float32.
-
-    On the CPU frames and numbers stay in the same memory, which must only be read. To a GPU they go through pinned
-    memory, and nobody waits for them.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        columns = {name: torch.from_numpy(column) for name, column in own._asdict().items() if name != "ids"}
-    if device.type != "cpu":
-        columns = {name: x.pin_memory().to(device, non_blocking=True) for name, x in columns.items()}
-    for name in ("obs", "next_obs"):  # once, for all networks that read them
-        columns[name] = columns[name].float() if columns[name].is_floating_point() else columns[name]
-    return columns

@@ -147,6 +147,7 @@ class ColumnarReplay:
         self.max_priority = 1.0
         self.num_cut_episodes = 0
         self.saved_as: str | None = None
+        self._drawn: dict[str, NDArray[Any]] = {}  # the observations of the last draw
         self._discounts = np.array([0.0, *spec.gamma ** np.arange(1, spec.n_step + 1)], np.float32)  # by `ahead`
 
     def __len__(self) -> int:
@@ -187,7 +188,7 @@ class ColumnarReplay:
             num_batches: Batches drawn at once, one behind the other; weights are divided by the greatest of each.
 
         Returns:
-            num_batches * batch_size transitions.
+            num_batches * batch_size transitions; their observations until the next draw, which takes their memory.
 
         Raises:
             ValueError: Nothing can be drawn yet.
@@ -237,7 +238,7 @@ class ColumnarReplay:
         return sound
 
     def gather(self, ids: NDArray[np.int64]) -> Transitions:
-        """The transitions of ids of which `is_start` holds, with weights of 1."""
+        """The transitions of ids of which `is_start` holds, with weights of 1; memory as of `sample`."""
         return self._gather(self._places_of(ids), np.ones(len(ids), np.float32))
 
     def _draw_uniform(self, num_drawn: int) -> NDArray[np.int64]:
@@ -265,16 +266,23 @@ class ColumnarReplay:
         both = np.concatenate([rows, rows + ahead]), np.concatenate([age, age + ahead])
         positions = stack_positions(*both, self.spec.stack).reshape(2, len(places), self.spec.stack)
         positions = positions % self.spec.lane_rows + lane_begins[:, None]
-        obs = self._flat["obs"]
         return Transitions(
-            obs=obs.take(positions[0], axis=0),
+            obs=self._observations("obs", positions[0]),
             action=self._flat["action"].take(places).astype(np.int64),
             returns=self._flat["returns"].take(places),
-            next_obs=obs.take(positions[1], axis=0),
+            next_obs=self._observations("next_obs", positions[1]),
             discount=self._discounts.take(ahead),
             ids=rows * self.spec.num_lanes + lanes,
             weights=weights,
         )
+
+    def _observations(self, name: str, positions: NDArray[np.int64]) -> NDArray[Any]:
+        """Gathers into memory of its own: fresh blocks of megabytes cost page faults and leave holes in the heap."""
+        if len(self._drawn.get(name, ())) < len(positions):
+            self._drawn[name] = np.empty((*positions.shape, *self.spec.obs_shape), self.spec.obs_dtype)
+        drawn = self._drawn[name][: len(positions)]
+        self._flat["obs"].take(positions, axis=0, out=drawn, mode="clip")  # "raise" would gather twice
+        return drawn
 
     def _places(self, lanes: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
         places: NDArray[np.int64] = lanes * self.spec.lane_rows + rows % self.spec.lane_rows
