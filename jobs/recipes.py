@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -10,6 +9,7 @@ from typing import Any, TypeVar
 from jobs.settings import resolve, to_dict
 from pipeline.errors import UserError
 from pipeline.models.vae import VAESettings
+from pipeline.names import suggestion
 from pipeline.pretrain_config import PretrainConfig
 from rllib_ext.settings import DQNSettings, QConfig
 
@@ -91,7 +91,7 @@ def pretrain_recipe(name: str, *, config: str | None = None, overrides: Sequence
     """A pretraining recipe by name, with a file's settings and then overrides put in.
 
     Raises:
-        UserError: Unknown name or key (the nearest one is named), or a value of the wrong type.
+        UserError: Unknown name or key (those like it are named), or a value of the wrong type.
     """
     return resolve(_named(PRETRAIN_RECIPES, name), config=config, overrides=overrides)
 
@@ -111,6 +111,5 @@ def described() -> dict[str, Any]:
 
 def _named(group: dict[str, Recipe], name: str) -> Recipe:
     if name not in group:
-        near = difflib.get_close_matches(name, group, n=1, cutoff=0.0)[0]
-        raise UserError(f"unknown recipe {name!r}; the nearest is {near!r}, and there are {', '.join(group)}")
+        raise UserError(f"unknown recipe {name!r}; {suggestion(name, group)}")
     return group[name]

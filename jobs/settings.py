@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import typing
 from collections.abc import Iterator
 from importlib import metadata
@@ -15,6 +14,7 @@ import yaml
 
 from pipeline.commit import code_commit
 from pipeline.errors import UserError
+from pipeline.names import suggestion
 from pipeline.untrusted import converted, read_bytes, short
 
 Recipe = TypeVar("Recipe")
@@ -44,7 +44,7 @@ def resolve(recipe: Recipe, *, config: str | None = None, overrides: typing.Sequ
         overrides: Dotted keys with YAML values, for example "train.lr=1e-4".
 
     Raises:
-        UserError: An unknown key (the nearest one is named), or a value of the wrong type.
+        UserError: An unknown key (those like it are named), or a value of the wrong type.
     """
     if config is not None:
         tree = read_yaml(Path(config), f"--config {config}")
@@ -156,8 +156,9 @@ def _replaced(node: Any, root: Any, key: str, value: Any, *, shown: Any, path: s
     full = f"{path}{key}"
     present = getattr(node, name, None) if name in {f.name for f in dataclasses.fields(node)} else dataclasses.MISSING
     if present is dataclasses.MISSING or bool(rest) != dataclasses.is_dataclass(present):
-        near = difflib.get_close_matches(full[:100], known_keys(root), n=1, cutoff=0.0)
-        raise UserError(f"unknown setting {short(full)}; the nearest is {near[0]!r}")
+        raise UserError(
+            f"unknown setting {short(full)}; {suggestion(full, known_keys(root))} (`latentrl recipes` shows all)"
+        )
     if rest:
         inner = _replaced(present, root, rest, value, shown=shown, path=f"{path}{name}.")
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import hashlib
 import json
 import re
@@ -19,6 +18,7 @@ from jobs.room import DRIVER_CPUS_VARIABLE
 from jobs.workspace import HOME_VARIABLE, JOB_VARIABLE
 from pipeline.commit import COMMIT_VARIABLE
 from pipeline.errors import UserError
+from pipeline.names import suggestion
 from pipeline.secrets import SECRETS_FILE_VARIABLE, is_secret_name, secret_in
 
 NOT_SUBMITTED = ("submit", "jobs")
@@ -120,8 +120,7 @@ def understood(words: Sequence[str], parsers: Mapping[str, argparse.ArgumentPars
     if not given or given[0].startswith("-"):
         raise UserError("name the stage to run, behind --: latentrl submit -- collect --game pong ...")
     if given[0] not in submitted:
-        near = difflib.get_close_matches(given[0], submitted, n=1, cutoff=0.0)[0]
-        raise UserError(f"{given[0]!r} is no stage that can be submitted; the nearest is {near!r}")
+        raise UserError(f"{given[0]!r} is no stage that can be submitted; {suggestion(given[0], submitted)}")
     options = parsers[given[0]].parse_args(given[1:])
     options.check(options)
     has_verb = len(given) > 1 and given[0] == "data"

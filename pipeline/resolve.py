@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import fcntl
 import logging
 import os
 import re
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from pipeline import bundle, server, trust
 from pipeline.delivery import BUNDLE_DIRECTORY, LATEST, SHA256_TAG, is_collapsed
 from pipeline.errors import UserError
+from pipeline.names import listed, suggestion
 from pipeline.outbox import Refused, Unreachable
 from pipeline.server import Address, mask
 from pipeline.untrusted import require_inside, short
@@ -117,7 +117,7 @@ def _resolve_artifact(address: str, client: MlflowClient, where: Address, cache:
     except Refused:
         raise UserError(f"there is no run {run_id!r} at {where.uri}; look it up in the UI") from None
     if not any(inside == path or inside.startswith(f"{path}/") for path in found):
-        raise UserError(f"run {run_id} has no artifact {inside!r}; it has {_listed(found)}")
+        raise UserError(f"run {run_id} has no artifact {inside!r}; it has {listed(found)}")
     path, sha256 = _fetch(f"runs:/{run_id}/{inside}", address, where, cache)
     return Resolved(path, address, f"runs:/{run_id}/{inside}", None, sha256, kind_of(path, address))
 
@@ -153,17 +153,17 @@ def find_version(address: str, client: MlflowClient, where: Address) -> ModelVer
         model = server.ask(where, lambda: client.get_registered_model(name))
     except Refused:
         known = [model.name for model in server.ask(where, lambda: client.search_registered_models(max_results=200))]
-        raise UserError(f"no model {name!r} is registered at {where.uri}; {_nearest(name, known)}") from None
+        raise UserError(f"no model {name!r} is registered at {where.uri}; {suggestion(name, sorted(known))}") from None
     if alias == LATEST:
         return _latest(name, client, where)
     if alias is not None and alias not in model.aliases:
-        raise UserError(f"model {name!r} has no alias {alias!r}; it has {_listed([LATEST, *sorted(model.aliases)])}")
+        raise UserError(f"model {name!r} has no alias {alias!r}; it has {listed([LATEST, *sorted(model.aliases)])}")
     wanted = number or str(model.aliases[alias])
     try:
         return server.ask(where, lambda: client.get_model_version(name, wanted))
     except Refused:
         numbers = sorted(int(version.version) for version in _versions(name, client, where))
-        raise UserError(f"model {name!r} has no version {wanted}; it has {_listed(map(str, numbers))}") from None
+        raise UserError(f"model {name!r} has no version {wanted}; it has {listed(map(str, numbers))}") from None
 
 
 def _latest(name: str, client: MlflowClient, where: Address) -> ModelVersion:
@@ -238,13 +238,3 @@ def kind_of(path: Path, shown: str) -> Kind:
     if (path / "preprocess.json").is_file() and (path / "model.safetensors").is_file():
         return "encoder"
     raise UserError(f"{shown} is neither an encoder bundle nor a policy bundle; name a folder that training wrote")
-
-
-def _listed(names: Iterable[str]) -> str:
-    shown = list(names)
-    return ", ".join(shown[:20]) + (", ..." if len(shown) > 20 else "") if shown else "none"
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3)
-    return f"did you mean {', '.join(near)}?" if near else f"there are: {_listed(sorted(known))}"

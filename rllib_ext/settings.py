@@ -6,13 +6,13 @@ Imports neither Ray nor torch, so recipes and the command line can read it at no
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pipeline.errors import UserError
+from pipeline.names import suggestion
 from pipeline.untrusted import short
 
 T = TypeVar("T")
@@ -198,7 +198,7 @@ class DQNSettings:
         return max(0, int((agent_steps - self.warmup_agent_steps) * self.updates_per_agent_step + 1e-9))
 
     def replace(self, **changes: Any) -> DQNSettings:
-        """A copy with some fields changed; an unknown one is a UserError that names the nearest."""
+        """A copy with some fields changed; an unknown one is a UserError."""
         return replace_known(self, changes)
 
     def check(self, num_lanes: int) -> None:
@@ -295,10 +295,9 @@ def wrong_type(settings: Any) -> str | None:
 
 
 def replace_known(settings: T, changes: dict[str, Any]) -> T:
-    """`dataclasses.replace` whose unknown names are a UserError naming the nearest field."""
+    """`dataclasses.replace` whose unknown names are a UserError that says what there is."""
     names = [field.name for field in dataclasses.fields(settings)]  # type: ignore[arg-type]
     for name in changes:
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-            raise UserError(f"unknown setting {name!r}; the nearest is {near!r}")
+            raise UserError(f"unknown setting {name!r}; {suggestion(name, names)}")
     return dataclasses.replace(settings, **changes)  # type: ignore[type-var]

@@ -234,7 +234,7 @@ def test_encoder_from_other_preprocessing(capfd: pytest.CaptureFixture[str], tmp
 
 @pytest.mark.parametrize(
     ("override", "message"),
-    [("train.epoch=1", "nearest is 'train.epochs'"), ("train.lr=fast", "is not of type float"), ("x", "has no '='")],
+    [("train.epoch=1", "did you mean train.epochs?"), ("train.lr=fast", "is not of type float"), ("x", "has no '='")],
 )
 def test_recipe_key(capfd: pytest.CaptureFixture[str], tmp_path: Path, override: str, message: str) -> None:
     data = toy_dataset(tmp_path / "data", [40, 30]).uri

@@ -265,7 +265,7 @@ def test_a_search_space_of_tune_is_checked_when_it_has_become_a_value(tmp_path):
 
 def test_unknown_and_unsupported_settings_are_errors(tmp_path):
     config = toy_config("frozen", make_encoder(tmp_path / "encoder"))
-    with pytest.raises(UserError, match="unknown setting 'n_steps'; the nearest is 'n_step'"):
+    with pytest.raises(UserError, match="unknown setting 'n_steps'; did you mean n_step"):
         config.training(n_steps=3)
     with pytest.raises(UserError, match="unknown choice 'encoders'"):
         config.latent(encoders=3)

@@ -1,4 +1,4 @@
-"""Recipes: overrides are typed, unknown keys name the nearest one, what is saved can be read back."""
+"""Recipes: overrides are typed, unknown keys name those like it, what is saved can be read back."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ def test_override_of_a_tuple_and_a_flag() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.learning_rate=1", r"unknown setting 'train.learning_rate'; the nearest is 'train\.\w+'"),
-        ("lr=1", r"unknown setting 'lr'; the nearest is"),
+        ("train.learning_rate=1", r"unknown setting 'train.learning_rate'; did you mean train\.\w+"),
+        ("lr=1", r"unknown setting 'lr'; did you mean train\.lr\?"),
+        ("xyzzy=1", r"unknown setting 'xyzzy'; there are: name, .* \(`latentrl recipes` shows all\)$"),
         ("train=3", r"unknown setting 'train'"),
         ("train.lr.x=3", r"unknown setting 'train.lr.x'"),
         ("train.batch_size=ten", r"train.batch_size = 'ten' is not of type int"),
@@ -56,9 +57,11 @@ def test_values_that_the_settings_refuse_are_user_errors() -> None:
         pretrain_recipe("vae", overrides=["model.beta=-1"])
 
 
-def test_unknown_recipe_names_the_nearest() -> None:
-    with pytest.raises(UserError, match="nearest is 'vae'"):
+def test_unknown_recipe_names_what_is_like_it_or_all() -> None:
+    with pytest.raises(UserError, match=r"did you mean vae\?$"):
         pretrain_recipe("vea")
+    with pytest.raises(UserError, match=r"unknown recipe 'xyzzy'; there are: vae, flat, beta-vae, demo$"):
+        pretrain_recipe("xyzzy")
 
 
 @pytest.mark.parametrize("recipe", [*PRETRAIN_RECIPES.values(), *TRAIN_RECIPES.values()], ids=lambda r: r.name)
