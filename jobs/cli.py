@@ -64,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(end="", flush=True)  # there may be no sys.stdout
     except BrokenPipeError:
         return readers.let_go()
+    except OSError as error:  # all others are told, or are standard output's or standard error's
+        return readers.give_up(error)
 
 
 def _main(arguments: Sequence[str] | None) -> int:

@@ -1,4 +1,4 @@
-"""Commands whose output nobody reads any more end without a word."""
+"""Commands whose output nobody reads any more end without a word; where it cannot be written, in one line."""
 
 from __future__ import annotations
 
@@ -38,6 +38,21 @@ def test_nobody_reads_the_result(tmp_path: Path, arguments: str) -> None:
 def test_nobody_reads_the_complaint(tmp_path: Path) -> None:
     done = python("-m", "jobs.cli", "data", "info", "nowhere", cwd=tmp_path, cut="stderr")
     assert (done.returncode, done.stdout) == (readers.EXIT_CODE, "")
+
+
+@pytest.mark.parametrize("cut", ["stdout", "stderr"])
+def test_what_it_prints_does_not_fit_on_the_disk(tmp_path: Path, cut: str) -> None:
+    arguments = ["recipes"] if cut == "stdout" else ["data", "info", "nowhere"]
+    with open("/dev/full", "w") as full:
+        outputs = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, cut: full}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "jobs.cli", *arguments]
+        done = subprocess.run(command, text=True, cwd=tmp_path, env=environment, timeout=120, **outputs)
+    assert done.returncode == 2
+    if cut == "stdout":
+        assert done.stderr == "error: the output cannot be written (No space left on device); send it elsewhere\n"
+    else:
+        assert done.stdout == ""
 
 
 def test_there_never_was_a_reader(tmp_path: Path) -> None:
