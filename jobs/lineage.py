@@ -128,6 +128,8 @@ class _Finder:
 
     def _named(self, name: str) -> list[Node]:
         found = list(islice(self._records.runs(f"attributes.run_name = {quoted(name)}"), PAGE))
+        if not found and (addresses := self._records.addresses(name)):
+            raise UserError(f"{name} is a model with versions; give {' or '.join(addresses)}")
         if not found:
             raise UserError(
                 f"there is no run {name!r} at {self._records.address.uri} or under {self._workspace.runs}, and no "

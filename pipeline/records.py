@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipeline import server
+from pipeline.delivery import CHAMPION
 from pipeline.errors import UserError
 from pipeline.outbox import Refused
 from pipeline.server import Address
@@ -91,6 +92,12 @@ class Records:
         except Refused:
             return {}
         return {alias: str(version) for alias, version in model.aliases.items()}
+
+    def addresses(self, name: str) -> list[str]:
+        """Addresses of a registered model's champion and of its newest version, as far as there are such."""
+        newest = max((int(version.version) for version in self.versions(f"name = {quoted(name)}")), default=None)
+        champion = [f"models:/{name}@{CHAMPION}"] if CHAMPION in self.aliases(name) else []
+        return [*champion, f"models:/{name}/{newest}"] if newest is not None else []
 
     def _ask(self, question: Callable[[], Any]) -> Any:
         return server.ask(self.address, question)

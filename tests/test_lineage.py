@@ -124,6 +124,8 @@ def test_a_folder_a_digest_and_a_game_are_starts_too(made: dict[str, Any]) -> No
     ("asked", "message"),
     [
         ("models:/player/9", "has no version 9"),
+        ("seer", "seer is a model with versions; give models:/seer@champion or models:/seer/1$"),
+        ("player", "player is a model with versions; give models:/player/1$"),
         ("f" * 32, "no run 'f"),
         ("train-999", "no run 'train-999'"),
         ("runs:/" + "0" * 32, "there is no run 0000"),
