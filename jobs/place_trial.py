@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import secrets
 import shutil
@@ -11,10 +12,10 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
-from jobs.node_probe import DRIVERS_FILE, content_of, first_line, is_there, write_twice
+from jobs.node_probe import DRIVERS_FILE, content_of, is_there, write_twice
 from jobs.nodes import Answers, Nodes
 from pipeline.errors import UserError
-from pipeline.storage import locate, shown
+from pipeline.storage import StoreAway, locate, reason, shown
 
 PREFIX = ".latentrl-doctor-"
 
@@ -32,8 +33,21 @@ class PlaceTrial:
     def __init__(self, address: str) -> None:
         self.address = shown(address)
         self._given = address
-        self._filesystem, self._root = locate(address)
+        with contextlib.suppress(StoreAway):  # which the trial tells
+            self._located = locate(address)
         self._name, self._secret = PREFIX + secrets.token_hex(4), secrets.token_hex(8)
+
+    @functools.cached_property
+    def _located(self) -> tuple[pafs.FileSystem, str]:
+        return locate(self._given)
+
+    @property
+    def _filesystem(self) -> pafs.FileSystem:
+        return self._located[0]
+
+    @property
+    def _root(self) -> str:
+        return self._located[1]
 
     @property
     def free_bytes(self) -> int | None:
@@ -86,9 +100,8 @@ class PlaceTrial:
         try:
             yield
         except OSError as error:
-            reason = error.strerror or first_line(error)
             raise UserError(
-                f"cannot {what} {self.address} ({reason}); mend its access, or name another place"
+                f"cannot {what} {self.address} ({reason(error)}); mend its access, or name another place"
             ) from None
 
     def _missing_folders(self) -> list[str]:

@@ -27,7 +27,7 @@ OBJECT_STORES = frozenset({"s3", "gcs", "abfs"})
 _HASH_CHUNK_BYTES = 1 << 22
 _SECRET_QUERY = re.compile(r"([?&](?!(?:endpoint_override|scheme|region)=)[^=&\s]*=)[^&\s]*")
 
-# What pyarrow and Amazon's library say, and what it means. The first that fits.
+# What pyarrow and Amazon's, Google's and Microsoft's libraries say, and what it means. The first that fits.
 _REASONS = {
     "AWS Error NO_SUCH_BUCKET": "there is no such bucket",
     "To create buckets, enable": "there is no such bucket",
@@ -38,20 +38,30 @@ _REASONS = {
     "curlCode: 7,": "the store does not answer: connection refused; check AWS_ENDPOINT_URL_S3",
     "curlCode: 28,": "the store does not answer in time; check AWS_ENDPOINT_URL_S3",
     "AWS Error NETWORK_CONNECTION": "no connection to the store; check AWS_ENDPOINT_URL_S3",
+    "CURL error [6]": "unknown host name; check the address",
+    "CURL error [7]": "the store does not answer: connection refused; check the address",
+    "Fail to get a new connection": "no connection to the store; check the address",
     "No space left": "the disk is full",
 }
 
 # What they say of a store that may be back in a while.
-_AWAY = (
-    *("curlCode: 7,", "curlCode: 28,", "AWS Error NETWORK_CONNECTION", "AWS Error SERVICE_UNAVAILABLE"),
-    *("AWS Error INTERNAL_FAILURE", "AWS Error SLOW_DOWN", "HTTP status 5"),
+_AWAY = re.compile(
+    r"AWS Error (NETWORK_CONNECTION|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|SLOW_DOWN)"
+    r"|HTTP status (5|408|429)"  # of a server whose words Amazon's library does not know
+    r"|cloud::Status\(UNAVAILABLE"
+    r"|Azure Error: \[\w*\] (5\d\d|408|429|Fail to get a new connection)"
 )
+
+
+class StoreAway(UserError):
+    """The address may be right, but whom it names does not answer."""
 
 
 def locate(address: str) -> tuple[pafs.FileSystem, str]:
     """The file system and the path inside it of an address; a store is asked nothing but, at Amazon, its region.
 
     Raises:
+        StoreAway: Amazon does not say where the bucket is.
         UserError: Not an address that pyarrow understands, or one without a bucket.
     """
     if "\0" in address or ("://" in address and ".." in address.partition("?")[0].split("/")):
@@ -60,8 +70,10 @@ def locate(address: str) -> tuple[pafs.FileSystem, str]:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(address)).rstrip("/")
     try:
         filesystem, path = pafs.FileSystem.from_uri(address)
-    except (pa.ArrowException, ValueError, OSError) as error:
+    except (pa.ArrowException, ValueError) as error:
         raise UserError(f"cannot use {shown(address)!r} as a place for data ({shown(reason(error))})") from None
+    except OSError as error:
+        raise StoreAway(f"cannot use {shown(address)}: {shown(reason(error))}") from None
     if filesystem.type_name == "s3":
         filesystem = _impatient(filesystem)
     if not path.strip("/"):
@@ -97,7 +109,7 @@ def reason(error: BaseException) -> str:
 
 def is_away(error: BaseException) -> bool:
     """Whether an error says that an object store does not answer, or not now."""
-    return isinstance(error, OSError) and any(sign in str(error) for sign in _AWAY)
+    return isinstance(error, OSError) and bool(_AWAY.search(str(error)))
 
 
 def complaint(address: str) -> str | None:

@@ -15,6 +15,7 @@ from registry_toys import free_port
 
 from jobs.cli import main
 from jobs.joining import asks_for_token
+from jobs.place_trial import PlaceTrial
 from pipeline.errors import UserError
 
 
@@ -48,6 +49,15 @@ def test_what_is_away_is_named_in_time(capfd: pytest.CaptureFixture[str], tmp_pa
     assert "lower train.replay_capacity" in said(found, "memory", "bad")
     assert "two replays" in said(found, "home", "bad")
     assert not list((tmp_path / "home").iterdir())
+
+
+def test_a_store_that_cannot_be_asked_is_no_bad_input() -> None:
+    """Amazon is asked where a bucket is; HDFS's library, which is not installed, stands in for it."""
+    trial = PlaceTrial("hdfs://127.0.0.1:9/frames")
+    with pytest.raises(UserError, match=r"cannot use hdfs://127.0.0.1:9/frames: "), trial.begun():
+        pass
+    with pytest.raises(UserError, match="cannot use 'ftp9"):
+        PlaceTrial("ftp9://host/frames")
 
 
 def test_a_token_is_asked_for_only_where_that_is_what_the_cluster_says() -> None:
