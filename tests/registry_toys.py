@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,18 @@ class MlflowServer:
             self.signal(signal.SIGKILL)
             self.process.wait()
             self.process = None
+
+
+@contextlib.contextmanager
+def running_server(folder: Path) -> Iterator[MlflowServer]:
+    """One that answers, with its database and artifacts in a folder that is made for them; killed at the end."""
+    folder.mkdir()
+    server = MlflowServer(folder)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()
 
 
 def register(run: Run, bundle: Path, name: str, bits: float = 1.0, active: float = 1.0, **more: Any) -> Registered:

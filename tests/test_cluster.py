@@ -10,7 +10,7 @@ import pytest
 import ray
 from mlflow import MlflowClient
 from ray.cluster_utils import Cluster
-from registry_toys import MlflowServer
+from registry_toys import MlflowServer, running_server
 from test_demo import TOY
 
 from jobs import collect, demo
@@ -33,11 +33,8 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[MlflowServer]:
-    (tmp_path / "server").mkdir()
-    server = MlflowServer(tmp_path / "server")
-    server.start()
-    yield server
-    server.kill()
+    with running_server(tmp_path / "server") as server:
+        yield server
 
 
 def test_two_addresses_and_nothing_else_changes(cluster: Cluster, server: MlflowServer, tmp_path: Path) -> None:

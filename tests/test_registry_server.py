@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from lineage_toys import Maker
 from mlflow import MlflowClient
-from registry_toys import PREPROCESS, Z_DIM, MlflowServer, free_port, make_encoder
+from registry_toys import PREPROCESS, Z_DIM, MlflowServer, free_port, make_encoder, running_server
 
 from jobs import gc, lineage
 from jobs import sync as sync_stage
@@ -34,10 +34,8 @@ LIMIT_S = 20
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
-    server = MlflowServer(tmp_path_factory.mktemp("server"))
-    server.start()
-    yield server
-    server.kill()
+    with running_server(tmp_path_factory.mktemp("server") / "server") as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from fault_rows import Record, measured
 from mlflow import MlflowClient
-from registry_toys import MlflowServer
+from registry_toys import running_server
 from running import Stage
 from services import Mlflow, ObjectStore, Postgres
 from test_faults_disk import pretraining
@@ -42,10 +42,7 @@ def under_way(tmp_path: Path, uri: str, seconds: float) -> Stage:
 
 
 def test_a_server_that_is_down_for_a_minute(tmp_path: Path, record_property: Record) -> None:
-    (tmp_path / "server").mkdir()
-    server = MlflowServer(tmp_path / "server")
-    server.start()
-    try:
+    with running_server(tmp_path / "server") as server:
         stage = under_way(tmp_path, server.uri, AWAY_S + 45.0)
         server.kill()
         noticed = stage.wait_for_line("the run goes on and is sent when tracking is back")
@@ -59,8 +56,6 @@ def test_a_server_that_is_down_for_a_minute(tmp_path: Path, record_property: Rec
         assert result["model_uri"] == "models:/toy/1"
         steps = recorded(tmp_path / "home")
         assert served(server.uri, tmp_path / "home") == steps
-    finally:
-        server.kill()
     measured(
         record_property,
         "MLflow server down for a minute",
@@ -72,10 +67,7 @@ def test_a_server_that_is_down_for_a_minute(tmp_path: Path, record_property: Rec
 
 
 def test_a_server_that_is_down_until_after_the_end(tmp_path: Path, record_property: Record) -> None:
-    (tmp_path / "server").mkdir()
-    server = MlflowServer(tmp_path / "server")
-    server.start()
-    try:
+    with running_server(tmp_path / "server") as server:
         stage = under_way(tmp_path, server.uri, 20.0)
         server.kill()
         stage.wait_for_line("the run goes on and is sent when tracking is back")
@@ -89,8 +81,6 @@ def test_a_server_that_is_down_until_after_the_end(tmp_path: Path, record_proper
         steps = recorded(tmp_path / "home")
         assert served(server.uri, tmp_path / "home") == steps
         assert delivered["registered"] == ["models:/toy/1"]
-    finally:
-        server.kill()
     measured(
         record_property,
         "MLflow server down until after the end",

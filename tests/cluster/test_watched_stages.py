@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from registry_toys import MlflowServer
+from registry_toys import MlflowServer, running_server
 from test_loopback import is_loopback, listening
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -70,11 +70,8 @@ def room() -> Iterator[Path]:
 
 @pytest.fixture
 def server(room: Path) -> Iterator[MlflowServer]:
-    (room / "server").mkdir()
-    server = MlflowServer(room / "server")
-    server.start()
-    yield server
-    server.kill()
+    with running_server(room / "server") as server:
+        yield server
 
 
 def run_watched(
