@@ -32,7 +32,7 @@ def _lineage(commands: Any) -> None:
     )
     p = stage(commands, "lineage", "say what was made from what", details, run, present)
     p.add_argument("asked", metavar="RUN_OR_MODEL", help="where to start")
-    places(p)
+    places(p, uses_ray=False)
 
 
 def _gc(commands: Any) -> None:
@@ -59,7 +59,7 @@ def _gc(commands: Any) -> None:
     p.add_argument(
         "--versions", action="store_true", help="also model versions without alias that no run or version uses"
     )
-    places(p)
+    places(p, uses_ray=False)
 
 
 def _sync(commands: Any) -> None:
@@ -71,7 +71,7 @@ def _sync(commands: Any) -> None:
     details = "For runs that ended while the tracking server was away (exit code 3)."
     p = stage(commands, "sync", "deliver to MLflow what a run could not", details, run, lambda r: facts(r, *r))
     p.add_argument("run_name", metavar="RUN", help="a run's folder, its name, or its MLflow run id")
-    places(p)
+    places(p, uses_ray=False)
 
 
 def _doctor(commands: Any) -> None:

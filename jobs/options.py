@@ -77,14 +77,15 @@ def seconds(text: str) -> float:
     return number
 
 
-def places(parser: argparse.ArgumentParser, *, has_workers: bool = False) -> None:
+def places(parser: argparse.ArgumentParser, *, uses_ray: bool = True, has_workers: bool = False) -> None:
     """Adds the options that say where everything lies, and how long workers wait for room on a cluster."""
     group = parser.add_argument_group("places")
     group.add_argument(
         "--home", help=f"folder for runs, tracking database and artifacts (${HOME_VARIABLE}, {DEFAULT_HOME})"
     )
     group.add_argument("--tracking-uri", help="MLflow server instead of a sqlite file under --home")
-    group.add_argument("--ray-address", help="running Ray cluster (HOST:PORT or auto) instead of a local one")
+    if uses_ray:
+        group.add_argument("--ray-address", help="running Ray cluster (HOST:PORT or auto) instead of a local one")
     if has_workers:
         waiting(group)
 
@@ -116,8 +117,10 @@ def workspace_of(options: Options) -> Workspace:
 
 
 def facts(result: Result, *keys: str) -> str:
-    """Some of a result, one line a key, without those that are None."""
+    """Some of a result, one line a key, without those that are None; figures have six digits, all are in --json."""
     width = max(map(len, keys))
+    shown = {key: result[key] for key in keys if result.get(key) is not None}
     return "\n".join(
-        f"  {key.replace('_', ' '):<{width}}  {result[key]}" for key in keys if result.get(key) is not None
+        f"  {key.replace('_', ' '):<{width}}  {f'{value:.6g}' if isinstance(value, float) else value}"
+        for key, value in shown.items()
     )

@@ -205,6 +205,7 @@ def _train(stages: Any) -> None:
     def present(r: Result) -> str:
         shown = facts(
             r,
+            "model_uri",
             "policy",
             "agent_steps",
             "updates",
@@ -213,7 +214,7 @@ def _train(stages: Any) -> None:
             "episode_return_mean",
             "run_folder",
         )
-        return f"{shown}\nnext: latentrl evaluate {r['policy']} --episodes 20"
+        return f"{shown}\nnext: latentrl evaluate {r['model_uri'] or r['policy']} --episodes 20"
 
     details = (
         "frozen:   latents are made on the rollout workers; the learner never sees a pixel (needs --encoder)\n"
@@ -270,7 +271,7 @@ def _report(stages: Any) -> None:
         lambda r: f"  report  {r['path']}", driver_cpus=lambda o: 1,
     )  # fmt: skip
     p.add_argument("run_name", metavar="RUN", help="a run's folder, its name, or its MLflow run id")
-    places(p)
+    places(p, uses_ray=False)
 
 
 def _demo(stages: Any) -> None:

@@ -119,6 +119,7 @@ def run(
         )
     if earlier.result is not None:
         return earlier.result
+    plan.note_if_only_warming_up()
     tracking = Tracking(workspace.tracking_uri, pipeline=workspace.pipeline)
     tracking.check()
     logging.getLogger("ray.rllib").setLevel(logging.ERROR)

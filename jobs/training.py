@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 from pipeline.errors import UserError
@@ -59,6 +60,16 @@ class Training:
             raise UserError(f"--num-env-runners is {self.num_env_runners}; give 0 (in this process) or more")
         if self.num_learners < 0:
             raise UserError(f"--num-learners is {self.num_learners}; give 0 (in this process) or more")
+
+    def note_if_only_warming_up(self) -> None:
+        """Says on stderr that nothing will be learned, which may be meant: it is the shortest trial of all else."""
+        if self.agent_steps <= self.train.warmup_agent_steps:
+            print(
+                f"note: --agent-steps {self.agent_steps} does not go beyond the warm-up of "
+                f"{self.train.warmup_agent_steps}, in which nothing is learned; ask for more, or shorten it with "
+                "--set train.warmup_agent_steps=N",
+                file=sys.stderr,
+            )
 
     def describe_workers(self) -> str:
         """The actors that the run needs at once, in words."""

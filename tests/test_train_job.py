@@ -56,10 +56,11 @@ def run(workspace, encoder, **changes):
     return train.run(workspace, changes.pop("recipe", RECIPE), **{**settings, **changes})
 
 
-def test_train_then_resume(workspace, tmp_path):
+def test_train_then_resume(workspace, tmp_path, capfd):
     torch.set_num_threads(1)
     encoder = make_pong_encoder(tmp_path)
     result = run(workspace, encoder, resume_if_any=True)  # there is none
+    assert "warm-up" not in capfd.readouterr().err
     assert result["encoder_sha256_before"] == result["encoder_sha256_after"]
     assert sum(result["steps_per_worker"].values()) == result["agent_steps"] >= 150
     assert len(result["steps_per_worker"]) == result["num_remote_env_runners"] == 1
@@ -153,3 +154,9 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(workspace, tmp_path, ch
         run(workspace, **{"encoder": make_pong_encoder(tmp_path), **changes})
     assert "\n" not in str(caught.value)
     assert not list(workspace.runs.glob("*"))
+
+
+def test_a_run_that_ends_within_its_warmup_says_so(workspace, tmp_path, capfd):
+    with pytest.raises(UserError, match="need 1000 CPUs"):
+        run(workspace, make_pong_encoder(tmp_path), num_env_runners=1000, recipe=ROOMY)
+    assert "note: --agent-steps 150 does not go beyond the warm-up of 100000" in capfd.readouterr().err
