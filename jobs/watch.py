@@ -85,12 +85,12 @@ def _situation(what: str, needs: dict[str, float]) -> str:
 def _resources(what: str, needs: dict[str, float]) -> str:
     nodes, all_of, free = ray.nodes(), ray.cluster_resources(), ray.available_resources()
     num_dead = sum(not node["Alive"] for node in nodes)
-    amounts = ", ".join(
-        f"{free.get(name, 0):g} of {all_of.get(name, 0):g} {name}s free where {what} need {amount:g}"
-        for name, amount in needs.items()
-    )
-    missing = [name for name, amount in needs.items() if all_of.get(name, 0) < amount]
-    waits = f"; waiting for a node with {' and '.join(missing)}s" if missing else ""
     num_alive = len(nodes) - num_dead
     has = f"Ray has {num_alive} node{'s' * (num_alive != 1)} ({num_dead} lost)"
-    return f"{has}, {amounts}{waits}" if amounts else has
+    if not needs:
+        return has
+    idle = ", ".join(f"{free.get(name, 0):g} of {all_of.get(name, 0):g} {name}s idle" for name in needs)
+    wanted = " and ".join(f"{amount:g} {name}s" for name, amount in needs.items())
+    missing = [name for name, amount in needs.items() if all_of.get(name, 0) < amount]
+    waits = f"waiting for a node with {' and '.join(missing)}s" if missing else "those that they hold already included"
+    return f"{has}, {idle}; {what} take {wanted}, {waits}"
