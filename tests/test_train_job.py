@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ import ray
 import torch
 from rl_toys import make_encoder
 
-from jobs import gc, train
+from jobs import gc, train, watch
 from jobs.recipes import TrainRecipe
 from jobs.workspace import Workspace
 from pipeline.atari import preprocess_for
@@ -160,3 +161,21 @@ def test_a_run_that_ends_within_its_warmup_says_so(workspace, tmp_path, capfd):
     with pytest.raises(UserError, match="need 1000 CPUs"):
         run(workspace, make_pong_encoder(tmp_path), num_env_runners=1000, recipe=ROOMY)
     assert "note: --agent-steps 150 does not go beyond the warm-up of 100000" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("needs", "words"),
+    [
+        ({"CPU": 2}, "2 of 2 CPUs idle; 2 learners take 2 CPUs, those that they hold already included"),
+        ({"GPU": 2}, "0 of 0 GPUs idle; 2 learners take 2 GPUs, waiting for a node with GPUs"),
+    ],
+)
+def test_a_stage_that_makes_no_progress_says_what_it_has_and_takes(needs, words, capfd, monkeypatch):
+    monkeypatch.setattr(watch, "SAY_EVERY_S", 0.5)
+    said = ""
+    with watch.watched("2 learners", needs):
+        until = time.monotonic() + 30
+        while "no progress" not in said and time.monotonic() < until:
+            time.sleep(0.1)
+            said += capfd.readouterr().err
+    assert f"Ray has 1 node (0 lost), {words}" in said
