@@ -46,7 +46,7 @@ _REASONS = {
 
 # What they say of a store that may be back in a while.
 _AWAY = re.compile(
-    r"AWS Error (NETWORK_CONNECTION|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|SLOW_DOWN)"
+    r"curlCode: (6|7|28),|AWS Error (NETWORK_CONNECTION|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|SLOW_DOWN)"
     r"|HTTP status (5|408|429)"  # of a server whose words Amazon's library does not know
     r"|cloud::Status\(UNAVAILABLE"
     r"|Azure Error: \[\w*\] (5\d\d|408|429|Fail to get a new connection)"

@@ -136,7 +136,7 @@ class LatentDQNConfig(AlgorithmConfig):
         """Settings of the Q-learning: a whole DQNSettings, or single fields of it.
 
         Raises:
-            UserError: An unknown field; the nearest is named.
+            UserError: An unknown field.
         """
         self.settings = replace_known(settings or self.settings, changes)
         for name, value in self._rllib_settings().items():
