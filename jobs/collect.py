@@ -30,6 +30,7 @@ def run(
     protocol: str = "atari100k",
     resolution: str = "84x84",
     seed: int = 0,
+    part: str | None = None,
     with_ram: bool = False,
     num_workers: int | None = None,
     epsilon: float = 0.05,
@@ -46,6 +47,7 @@ def run(
         protocol: Name of the Atari protocol.
         resolution: "84x84" or "210x160".
         seed: Decides the dataset together with the arguments above.
+        part: "pretrain" or "probe": whatever the seeds, what is collected for one is never in the other.
         with_ram: Stores the RAM too.
         num_workers: Collecting actors of one CPU each; by default one a CPU of this machine, or of the cluster
             where it is free at the start.
@@ -72,6 +74,7 @@ def run(
             behaviour=behaviour,
             played_by={"policy": policy, **facts},
             seed=seed,
+            part=part,
             with_ram=with_ram,
             num_workers=num_workers or _default_workers(workspace),
             overwrite=overwrite,

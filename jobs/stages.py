@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.options import Options, Result, facts, gathered, places, seed, share, stage, waiting, workspace_of
-from pipeline.protocols import PROTOCOLS, RESOLUTIONS
+from pipeline.protocols import PARTS, PROTOCOLS, RESOLUTIONS
 
 EVALUATED = ("mean_return", "ci95_low", "ci95_high", "episodes", "human_normalised")
 
@@ -60,7 +60,7 @@ def _collect(stages: Any) -> None:
     def run(o: Options) -> Result:
         from jobs import collect
 
-        names = "game frames out policy protocol resolution seed with_ram num_workers epsilon overwrite"
+        names = "game frames out policy protocol resolution seed part with_ram num_workers epsilon overwrite"
         return collect.run(workspace_of(o), **{name: getattr(o, name) for name in names.split()})
 
     def present(r: Result) -> str:
@@ -82,6 +82,7 @@ def _collect(stages: Any) -> None:
     p.add_argument("--protocol", default="atari100k", help=f"{', '.join(PROTOCOLS)} (atari100k)")
     p.add_argument("--resolution", default="84x84", help=f"height x width: {', '.join(RESOLUTIONS)} (84x84)")
     p.add_argument("--seed", type=seed, default=0, help="decides the dataset (0)")
+    p.add_argument("--part", choices=PARTS, help="of a benchmark's data: the parts share no emulator's seed, ever")
     p.add_argument("--with-ram", action="store_true", help="store the 128 bytes of RAM beside each frame (slower)")
     p.add_argument("--num-workers", type=int, help="collecting workers of one CPU each (one a CPU that is free)")
     p.add_argument("--overwrite", action="store_true", help="replace the dataset at --out")

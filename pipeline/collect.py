@@ -25,6 +25,7 @@ from pipeline.disk import full_disk_told
 from pipeline.errors import Terminated, UserError
 from pipeline.lanes import Lane, LaneResult
 from pipeline.policies import BehaviourFactory
+from pipeline.protocols import PARTS
 from pipeline.schema import EPISODES_SCHEMA, Preprocess
 from pipeline.storage import locate, reason, require_bucket, shown, writing_told
 from pipeline.store import (
@@ -52,13 +53,22 @@ class Collected:
     rows_per_worker: dict[str, int] = field(default_factory=dict)
 
 
-def plan_shards(frames: int, seed: int) -> list[list[Lane]]:
-    """Deals `frames` rows to lanes and lanes to shards, by `frames` and `seed` alone."""
+def plan_shards(frames: int, seed: int, part: str | None = None) -> list[list[Lane]]:
+    """Deals `frames` rows to lanes and lanes to shards, by these arguments alone."""
     num_lanes = min(MAX_LANES, 1 << max(0, (frames // LANE_ROWS).bit_length() - 1))
     share, rest = divmod(frames, num_lanes)
-    seeds = np.random.SeedSequence(seed).generate_state(num_lanes) & 0x7FFFFFFF
-    lanes = [Lane(i, int(seeds[i]), share + (i < rest)) for i in range(num_lanes)]
+    seeds = lane_seeds(seed, num_lanes, part)
+    lanes = [Lane(i, seeds[i], share + (i < rest)) for i in range(num_lanes)]
     return [lanes[i : i + LANES_PER_SHARD] for i in range(0, num_lanes, LANES_PER_SHARD)]
+
+
+def lane_seeds(seed: int, num_lanes: int, part: str | None = None) -> list[int]:
+    """Seeds of emulators and policies; the lowest bit is the part's, so that no two parts ever share one."""
+    if part is None:
+        return [int(drawn) & 0x7FFFFFFF for drawn in np.random.SeedSequence(seed).generate_state(num_lanes)]
+    number = PARTS.index(part)
+    drawn = np.random.SeedSequence([seed, 1 + number]).generate_state(num_lanes)
+    return [int(value) & 0x7FFFFFFE | number for value in drawn]
 
 
 def collect(
@@ -69,6 +79,7 @@ def collect(
     behaviour: BehaviourFactory,
     played_by: Mapping[str, Any],
     seed: int = 0,
+    part: str | None = None,
     with_ram: bool = False,
     num_workers: int = 1,
     overwrite: bool = False,
@@ -83,6 +94,7 @@ def collect(
         behaviour: Makes the policy that plays.
         played_by: For the record: the policy's name or address, a bundle's sha256, its share of random actions.
         seed: Decides everything; the digest depends on it and not on `num_workers`.
+        part: One of PARTS; no seed gives an emulator of one part the seed of one of the other.
         with_ram: Stores the emulator's RAM beside each frame.
         num_workers: Actors, one CPU and one environment thread each.
         overwrite: Replaces what is at `out`.
@@ -98,9 +110,9 @@ def collect(
         crew.wait_until_ready()
         start = time.perf_counter()
         with writing_told(filesystem, out), full_disk_told(shown(out)):
-            results = crew.play(plan_shards(frames, seed), behaviour, on_rows)
+            results = crew.play(plan_shards(frames, seed, part), behaviour, on_rows)
             require_written(filesystem, root, (result.file for result in results), out)
-            settings = {**played_by, "seed": seed, "lanes": len(results)}
+            settings = {**played_by, "seed": seed, "lanes": len(results), **({"part": part} if part else {})}
             _finish(filesystem, root, preprocess, results, seed=seed, with_ram=with_ram, collection=settings)
     except BaseException as error:
         crew.stop()  # first, so that no worker writes into what is deleted

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pipeline.errors import UserError
 
 RESOLUTIONS = {"84x84": (84, 84), "210x160": (210, 160)}  # height x width, pixels
+PARTS = ("pretrain", "probe")  # of a benchmark's data: what an encoder learns from, and what it is measured on
 
 
 @dataclass(frozen=True)

@@ -139,10 +139,11 @@ class FramesDataset:
         """What a run that uses the dataset records of it: where it is, what it holds, who played.
 
         Returns:
-            uri, digest, game, protocol, frames and episodes; of the collection policy, seed and, where a policy
+            uri, digest, game, protocol, frames and episodes; of the collection policy, seed, part and, where a policy
             bundle played, policy_uri, policy_sha256 and epsilon (None where they do not apply).
         """
-        played = {key: self.collection.get(key) for key in ("policy", "policy_uri", "policy_sha256", "epsilon", "seed")}
+        names = ("policy", "policy_uri", "policy_sha256", "epsilon", "seed", "part")
+        played = {key: self.collection.get(key) for key in names}
         held = {"frames": self.num_frames, "episodes": self.num_episodes}
         rules = {"game": self.preprocess.game, "protocol": self.preprocess.protocol}
         return {"uri": self.uri, "digest": self.digest, **rules, **held, **played}
