@@ -5,13 +5,40 @@ from __future__ import annotations
 from typing import Any
 
 from jobs.needs import STAGES
-from jobs.options import Options, Result, facts, places, stage, workspace_of
+from jobs.options import Options, Result, facts, places, seed, stage, workspace_of
 
 
 def add_operations(commands: Any) -> None:
     """Adds every operation to the command line."""
-    for add in (_doctor, _lineage, _gc, _sync):
+    for add in (_probe, _doctor, _lineage, _gc, _sync):
         add(commands)
+
+
+def _probe(commands: Any) -> None:
+    def run(o: Options) -> Result:
+        from jobs import probe
+
+        return probe.run(workspace_of(o), o.encoder, o.data, with_velocity=o.velocity, seed=o.seed)
+
+    def present(r: Result) -> str:
+        from jobs import probe
+
+        return probe.present(r)
+
+    details = (
+        "Linear probes for the RAM variables of AtariARI (Anand et al. 2019), beside the published figures. The data:\n"
+        "latentrl collect --protocol atariari --part probe --with-ram --resolution 210x160; the encoder\n"
+        "is to have learned from --part pretrain."
+    )
+    p = stage(
+        commands, "probe", "measure what an encoder knows of a game's state", details, run, present,
+        driver_cpus=lambda o: 1,
+    )  # fmt: skip
+    p.add_argument("encoder", metavar="ENCODER", help="models:/NAME@alias, models:/NAME/3, runs:/ID/path or a folder")
+    p.add_argument("--data", required=True, metavar="DIR", help="a random agent's frames with RAM")
+    p.add_argument("--velocity", action="store_true", help="measure the ball's velocity too (Pong, Breakout)")
+    p.add_argument("--seed", type=seed, default=0, help="deals the episodes, draws the probes' weights (0)")
+    places(p)
 
 
 def _lineage(commands: Any) -> None:

@@ -4,6 +4,7 @@
     model.safetensors  all its weights, decoder included
     preprocess.json    how its frames were made
     stats.json         mean and scale of every latent dimension, its KL, and whether it is active
+    data.json          what it learned from (pipeline.origin); not in bundles of earlier versions
     README.md          model card
     SHA256SUMS         one line a file; its own sha256 names the bundle
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from pipeline import bundle, models
 from pipeline.bundle import pack, unpack
 from pipeline.errors import UserError, reading
 from pipeline.models.latent import ACTIVE_VARIANCE, LatentModel, ModelConfig, ModelSettings
+from pipeline.origin import DATA_FILE, Origin
 from pipeline.schema import Preprocess
 from pipeline.untrusted import from_record, read_json
 from pipeline.weights import load_weights
@@ -189,7 +191,12 @@ def require_moderate(config: ModelConfig) -> None:
 
 
 def save_encoder(
-    path: str | Path, model: LatentModel, stats: LatentStats, preprocess: Preprocess, card: dict[str, Any]
+    path: str | Path,
+    model: LatentModel,
+    stats: LatentStats,
+    preprocess: Preprocess,
+    card: dict[str, Any],
+    origin: Origin | None = None,
 ) -> str:
     """Writes a bundle, all or nothing.
 
@@ -199,6 +206,7 @@ def save_encoder(
         stats: Statistics of its latents.
         preprocess: How its frames were made.
         card: Facts for the model card, in order: label to value.
+        origin: What it learned from, where it has.
 
     Returns:
         The bundle's sha256.
@@ -211,6 +219,8 @@ def save_encoder(
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, draft / WEIGHTS_FILE)
         (draft / PREPROCESS_FILE).write_text(preprocess.to_json() + "\n")
         (draft / STATS_FILE).write_text(stats.to_json() + "\n")
+        if origin is not None:
+            (draft / DATA_FILE).write_text(json.dumps(asdict(origin)) + "\n")
         (draft / CARD_FILE).write_text(_model_card(model.config, stats, preprocess, card))
     return bundle.sha256_of(Path(path))
 

@@ -34,6 +34,7 @@ from pipeline.loop import Job, Outcome, train_loop
 from pipeline.mailbox import Mailbox
 from pipeline.models.latent import LatentModel, ModelConfig, ModelSettings
 from pipeline.order import ReadingOrder
+from pipeline.origin import Origin
 from pipeline.pretrain_config import RECORD_FILE, PretrainConfig
 from pipeline.rendezvous import on_one_machine
 from pipeline.storage import locate, read_small, reason, write_atomically
@@ -333,7 +334,8 @@ def _finish(
     """Writes the bundle from the last checkpoint and the workers' outcome."""
     model = _trained(job.model, checkpoint)
     card = _card(job, order, outcome)
-    sha256 = save_encoder(bundle_path, model, outcome.stats, job.dataset.preprocess, card)
+    origin = Origin.of(job.dataset)
+    sha256 = save_encoder(bundle_path, model, outcome.stats, job.dataset.preprocess, card, origin)
     progress = outcome.progress
     return PretrainResult(
         bundle_path=bundle_path,

@@ -1,0 +1,120 @@
+"""`latentrl probe`: what an encoder's latents know of a game's state."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from jobs.progress import progress
+from jobs.workspace import Workspace
+from pipeline import velocity
+from pipeline.artifact import load_encoder
+from pipeline.atariari import published, variables
+from pipeline.errors import UserError
+from pipeline.gauges import Gauges
+from pipeline.labels import features_of, read_labels
+from pipeline.origin import load_origin, require_unseen
+from pipeline.probe import MAX_EPOCHS, probe_features
+from pipeline.registry import resolve
+from pipeline.storage import base_name
+from pipeline.store import FramesDataset
+
+PROTOCOL, POLICY = "atariari", "random"
+
+
+def run(workspace: Workspace, encoder: str, data: str, *, with_velocity: bool = False, seed: int = 0) -> dict[str, Any]:
+    """Probes an encoder.
+
+    Args:
+        workspace: Where the registry is.
+        encoder: Its address.
+        data: Folder or address of a dataset of a random agent's frames with RAM.
+        with_velocity: Measures too how well the ball's velocity can be read off stacked latents.
+        seed: Deals episodes to the probes' parts and draws their weights and batches.
+
+    Returns:
+        The keys that `latentrl probe --json` prints.
+
+    Raises:
+        UserError: What cannot be measured, or would say nothing.
+    """
+    dataset = FramesDataset.open(data if "://" in data else str(Path(data).expanduser().absolute()))
+    require_probe_data(dataset)
+    if with_velocity and dataset.preprocess.game not in velocity.GAMES:
+        raise UserError(f"--velocity is measured on {' and '.join(velocity.GAMES)}, not on {dataset.preprocess.game}")
+    resolved = resolve(encoder, workspace.tracking_uri, workspace.cache)
+    if resolved.kind != "encoder":
+        raise UserError(f"{encoder} is a {resolved.kind}, not an encoder; give the encoder's address")
+    network = load_encoder(resolved.path, preprocess=dataset.preprocess)
+    remark = require_unseen(dataset, load_origin(resolved.path))
+    dataset.require_sound_files()
+    began = time.perf_counter()
+    gauges = Gauges("probe", base_name(data), dataset.preprocess.game)
+    game = dataset.preprocess.game
+    with progress(dataset.num_frames, f"encode {game}", "frames", gauges) as bar:
+        labels = read_labels(dataset, seed)
+        features = features_of(dataset, network.encode, bar.advance)
+    with progress(MAX_EPOCHS, f"probe {game}", "epochs", gauges) as bar:
+        probed = probe_features(features, labels, seed=seed, on_epochs=bar.advance)
+    moving = velocity.velocity(features, labels) if with_velocity else None
+    return {
+        "encoder": resolved.uri or resolved.address,
+        "encoder_sha256": resolved.sha256,
+        "dataset": dataset.uri,
+        "digest": dataset.digest,
+        "game": game,
+        "resolution": f"{dataset.preprocess.height}x{dataset.preprocess.width}",
+        "f1": probed.f1,
+        "accuracy": probed.accuracy,
+        "f1_by_category": probed.f1_by_category,
+        "f1_by_variable": probed.f1_by_variable,
+        "accuracy_by_variable": probed.accuracy_by_variable,
+        "epochs_by_variable": probed.epochs,
+        "published_f1": published(game),
+        "z_dim": network.z_dim,
+        "probe_frames": sum(probed.num_frames),
+        "test_frames": probed.num_frames[2],
+        "duplicates": labels.num_duplicates,
+        "dropped_variables": list(labels.dropped),
+        **({"velocity_r2": moving.stacked, "velocity_r2_single": moving.single} if moving else {}),
+        "seconds": round(time.perf_counter() - began, 1),
+        "remark": remark,
+    }
+
+
+def require_probe_data(dataset: FramesDataset) -> None:
+    """Refuses a dataset on which the benchmark's figures would mean something else.
+
+    Raises:
+        UserError: Another protocol or policy, no RAM, or a game without labels.
+    """
+    variables(dataset.preprocess.game)
+    how = f"`latentrl collect --protocol {PROTOCOL} --part probe --with-ram --resolution 210x160`"
+    for what, held, wanted in (
+        ("protocol", dataset.preprocess.protocol, PROTOCOL),
+        ("policy", dataset.collection.get("policy"), POLICY),
+    ):
+        if held != wanted:
+            raise UserError(f"dataset {dataset.uri} has {what} {held!r}, not {wanted!r}; collect one with {how}")
+    if not dataset.has_ram:
+        raise UserError(f"dataset {dataset.uri} holds no RAM to take labels from; collect one with {how}")
+
+
+def present(r: dict[str, Any]) -> str:
+    """The result in words: each variable beside the published figures."""
+    rows = [("", "F1", "vae", "st-dim", "supervised")]
+    for name, f1 in [*r["f1_by_variable"].items(), ("", r["f1"])]:
+        there = r["published_f1"].get(name, {})
+        rows.append((name or r["game"], f"{f1:.3f}", *(_shown(there.get(method)) for method in rows[0][2:])))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    for key in ("velocity_r2", "velocity_r2_single"):
+        if key in r:
+            lines.append(f"{key.replace('_', ' ')}: {', '.join(f'{k} {v:.3f}' for k, v in r[key].items())}")
+    lines.append(f"{r['test_frames']} test frames of {r['resolution']}, {r['seconds']} s; beside it what was published")
+    return "\n".join(f"  {line}" for line in lines) + (f"\nnote: {r['remark']}" if r["remark"] else "")
+
+
+def _shown(figure: float | None) -> str:
+    return "" if figure is None else f"{figure:.2f}"
