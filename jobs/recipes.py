@@ -80,6 +80,10 @@ PRETRAIN_RECIPES = {
         replace(_VAE, name="flat", model=_FLAT, train=PretrainConfig(epochs=20)),
         replace(_VAE, name="beta-vae", model=replace(_FLAT, beta=4.0), train=PretrainConfig(epochs=20)),
         replace(_VAE, name="demo"),
+        # For AtariARI's ruler (`latentrl probe`): any game at 210x160, at most 256 flat latents, 8 minutes on 2 cores.
+        replace(
+            _VAE, name="probe", model=_FLAT, train=PretrainConfig(epochs=200, frames_per_epoch=12_800, max_seconds=450)
+        ),
     )
 }
 TRAIN_RECIPES = {recipe.name: recipe for recipe in (_DQN, _EFFICIENT, _DEMO)}
