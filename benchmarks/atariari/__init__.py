@@ -1,0 +1,1 @@
+"""The rows of the ruler: what AtariARI published, and what is measured here to compare with it."""

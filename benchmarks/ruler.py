@@ -1,0 +1,94 @@
+"""Does the ruler measure what AtariARI measured? Published rows measured again, beside the published figures.
+
+Every cell (row, game, seed) is kept under the digest of its configuration in `--results`; long trainings go on where
+they were cut off. Labels are read of the five games that may be looked at, and of no other.
+
+    python benchmarks/ruler.py --data DIR [--rows majority ...] [--games pong ...] [--json] [--write docs/results]
+
+DIR holds GAME-probe and, for rows that learn, GAME-pretrain, made by
+`latentrl collect --protocol atariari --part probe --with-ram --resolution 210x160 --frames 50000 ...`
+(`--part pretrain`, 100000). An encoder of our own is a row too: `--rows models/pong-bundle`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from atariari import page
+from atariari.rows import Cell, measure
+
+from pipeline.store import FramesDataset
+
+GAMES = ("pong", "breakout", "boxing", "spaceinvaders", "tennis")
+ROWS = ("majority", "random", "pixels", "pca", "pca-whitened", "vae", "supervised")
+LEARNS = ("pca", "pca-whitened", "vae")
+KEPT = Path(__file__).resolve().parent.parent / "docs" / "results" / "ruler"
+
+
+def run(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
+    """The cell's record, measured unless it is kept."""
+    path = options.results / f"{Path(cell.row).name}-{cell.game}-{cell.seed}-{cell.digest}.json"
+    if path.is_file():
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+    began = time.perf_counter()
+    probe = FramesDataset.open(str(options.data / f"{cell.game}-probe"))
+    pretrain = FramesDataset.open(str(options.data / f"{cell.game}-pretrain")) if cell.pretrain else None
+    found = {"row": Path(cell.row).name, "game": cell.game, "seed": cell.seed}
+    found |= {"datasets": {"probe": cell.probe, "pretrain": cell.pretrain}, "torch": torch.__version__}
+    found |= measure(cell, probe, pretrain, options.work)
+    found["seconds"] = round(time.perf_counter() - began, 1)
+    options.results.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(found) + "\n")
+    draft.replace(path)
+    return found
+
+
+def cells(options: argparse.Namespace) -> list[Cell]:
+    """Those asked for."""
+    found = []
+    for game in options.games:
+        probe = FramesDataset.open(str(options.data / f"{game}-probe")).digest
+        for row in options.rows:
+            pretrain = FramesDataset.open(str(options.data / f"{game}-pretrain")).digest if row in LEARNS else ""
+            found += [Cell(row, game, probe, pretrain, seed) for seed in range(options.seeds)]
+    return found
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of GAME-probe and GAME-pretrain")
+    parser.add_argument("--rows", nargs="+", default=["majority", "random"], help=f"{', '.join(ROWS)}, or bundles")
+    parser.add_argument("--games", nargs="+", choices=GAMES, default=["pong", "breakout", "boxing"])
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--results", type=Path, default=KEPT, help="kept cells, a small JSON file each")
+    parser.add_argument("--work", type=Path, default=Path("latentrl-runs/ruler"), help="states of long trainings")
+    parser.add_argument("--json", action="store_true", help="ends with one JSON object")
+    parser.add_argument("--write", type=Path, metavar="FOLDER", help="page of all that is kept")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measures what is not kept yet, then writes the page of all that is."""
+    options = parse(arguments)
+    for cell in cells(options):
+        found = run(cell, options)
+        print(f"{found['row']} {found['game']} {found['seed']}: F1 {found['f1']:.3f}", file=sys.stderr, flush=True)
+    everything = [json.loads(path.read_text()) for path in sorted(options.results.glob("*.json"))]
+    if options.write:
+        page.write(options.write, everything)
+    if options.json:
+        print(json.dumps(page.summary(everything)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
