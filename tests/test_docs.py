@@ -31,6 +31,7 @@ STAGES = (
     "jobs list",
     "jobs logs",
     "jobs stop",
+    "probe",
     "lineage",
     "gc",
     "sync",

@@ -28,6 +28,7 @@ from pipeline.errors import Terminated, UserError
 from pipeline.loop import learning_rate
 from pipeline.mailbox import Mailbox
 from pipeline.models.vae import VAESettings
+from pipeline.origin import Origin, load_origin
 from pipeline.store import FramesDataset
 from pipeline.train import PretrainConfig, pretrain
 
@@ -67,6 +68,7 @@ def test_result_and_bundle(trained, dataset):
     assert result.images_per_s > 0
     encoder = load_encoder(result.bundle_path, expect_sha256=result.sha256, preprocess=dataset.preprocess)
     assert encoder.stats.num_active == result.active_units
+    assert load_origin(result.bundle_path) == Origin.of(dataset)
     assert "| ELBO |" in (result.bundle_path / "README.md").read_text()
 
 
