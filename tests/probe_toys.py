@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from toy_frames import toy_preprocess
 
 from pipeline.atariari import variables
-from pipeline.schema import EPISODES_SCHEMA, RAM_BYTES, ROW_GROUP_ROWS, frames_schema
+from pipeline.schema import EPISODES_SCHEMA, RAM_BYTES, ROW_GROUP_ROWS, Preprocess, frames_schema
 from pipeline.storage import hash_file
 from pipeline.store import FileEntry, FramesDataset, write_manifest
 
@@ -23,9 +23,19 @@ PONG = replace(toy_preprocess(HEIGHT, WIDTH), game="pong", protocol="atariari", 
 
 
 def ball_dataset(
-    root: Path, lengths: Sequence[int], *, emulator_seed: int = 1, is_noisy: bool = True, **collection: Any
+    root: Path,
+    lengths: Sequence[int],
+    *,
+    emulator_seed: int = 1,
+    is_noisy: bool = True,
+    preprocess: Preprocess = PONG,
+    has_ram: bool = True,
+    **collection: Any,
 ) -> FramesDataset:
-    """Writes episodes of these lengths, which end terminated; without noise the same state is the same picture."""
+    """Writes episodes of these lengths, which end terminated; without noise the same state is the same picture.
+
+    Another `preprocess` or no RAM is what the manifest says; the files stay as they are.
+    """
     rng = np.random.default_rng(emulator_seed)
     (root / "data").mkdir(parents=True)
     name, tables, episodes, first = "data/part-0.parquet", [], [], 0
@@ -41,10 +51,10 @@ def ball_dataset(
     write_manifest(
         pafs.LocalFileSystem(),
         str(root),
-        preprocess=PONG,
+        preprocess=preprocess,
         files=(entry,),
         episodes=pa.table([list(column) for column in zip(*episodes)], schema=EPISODES_SCHEMA),
-        has_ram=True,
+        has_ram=has_ram,
         collection={"policy": "random", "seed": emulator_seed, **collection},
     )
     return FramesDataset.open(str(root))

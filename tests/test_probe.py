@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -299,11 +300,19 @@ def test_it_is_refused_where_it_would_mean_nothing(
     home = ["--home", str(tmp_path / "home")]
     trained = encoder(tmp_path / "trained", Origin.of(dataset))
     twin = ball_dataset(tmp_path / "twin", [20, 20], emulator_seed=1, part="probe")
-    played = ball_dataset(tmp_path / "played", LENGTHS, policy="models:/agent/1")
+    played = ball_dataset(tmp_path / "played", [20], policy="models:/agent/1")
+    blind = ball_dataset(tmp_path / "blind", [20], has_ram=False)
+    ruled = ball_dataset(tmp_path / "ruled", [20], preprocess=replace(PONG, protocol="atari100k"))
+    cropped = ball_dataset(tmp_path / "cropped", [20], preprocess=replace(PONG, resize="area"))
+    unlabelled = ball_dataset(tmp_path / "unlabelled", [20], preprocess=replace(PONG, game="zaxxon"))
     for bundle, data, message in (
         (trained, dataset, "learned from .* itself"),
         (encoder(tmp_path / "akin", Origin.of(twin)), dataset, "1 emulators' seeds in common"),
         (trained, played, "has policy 'models:/agent/1', not 'random'"),
+        (trained, blind, "holds no RAM"),
+        (trained, ruled, "has protocol 'atari100k', not 'atariari'"),
+        (trained, cropped, "prepare frames differently .resize: .* has 'none', these frames 'area'"),
+        (trained, unlabelled, "no labels for zaxxon; it has them for asteroids, .*yarsrevenge"),
     ):
         assert cli.main(["probe", str(bundle), "--data", data.root, *home]) == 2
         error = capsys.readouterr().err

@@ -59,6 +59,7 @@ class Clocked:
         folder.mkdir(parents=True, exist_ok=True)
         self._state, self._points = folder / "state.pt", folder / "curve.json"
         self._modules, self._update, self._measure = modules, update, measure
+        self.keep_every_s = KEEP_EVERY_S
         self.seconds, self.updates = 0.0, 0
         self.curve: list[Point] = json.loads(self._points.read_text()) if self._points.is_file() else []
         if self._state.is_file():
@@ -89,7 +90,7 @@ class Clocked:
             self._update()
             self.seconds += time.perf_counter() - began
             self.updates += 1
-            if self.seconds - kept > KEEP_EVERY_S:
+            if self.seconds - kept > self.keep_every_s:
                 self._keep()
                 kept = self.seconds
         self._keep()
