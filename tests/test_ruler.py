@@ -61,7 +61,7 @@ def test_the_published_networks_fit_their_frames() -> None:
     assert vae.decoder(vae.encoder(frames)).shape == pixels(frames).shape
     loss = vae.loss(frames)
     loss.backward()
-    assert 0 < float(loss) < 2 * 210 * 160 + 1e4
+    assert 0 < loss.item() < 2 * 210 * 160 + 1e4
     assert all(weight.grad is not None for weight in vae.parameters())
     assert SupervisedProbe(2).logits(frames, 1).shape == (2, 256)
 
