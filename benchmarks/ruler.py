@@ -21,13 +21,14 @@ from typing import Any
 
 import torch
 from atariari import page
-from atariari.rows import Cell, measure
+from atariari.rows import STANDARDISED, Cell, measure
 
 from pipeline.store import FramesDataset
 
 GAMES = ("pong", "breakout", "boxing", "spaceinvaders", "tennis")
-ROWS = ("majority", "random", "pixels", "pca", "pca-whitened", "vae", "supervised")
-LEARNS = ("pca", "pca-whitened", "vae")
+ROWS = ("majority", "random", "pixels", "pca", "untrained", "vae", "supervised")
+LEARNS = ("pca", "untrained", "vae")
+ROWS_HELP = f"{', '.join(ROWS)}, or bundles; {STANDARDISED} behind one scales its features"
 KEPT = Path(__file__).resolve().parent.parent / "docs" / "results" / "ruler"
 
 
@@ -57,7 +58,8 @@ def cells(options: argparse.Namespace) -> list[Cell]:
     for game in options.games:
         probe = FramesDataset.open(str(options.data / f"{game}-probe")).digest
         for row in options.rows:
-            pretrain = FramesDataset.open(str(options.data / f"{game}-pretrain")).digest if row in LEARNS else ""
+            learns = row.removesuffix(STANDARDISED) in LEARNS
+            pretrain = FramesDataset.open(str(options.data / f"{game}-pretrain")).digest if learns else ""
             found += [Cell(row, game, probe, pretrain, seed) for seed in range(options.seeds)]
     return found
 
@@ -66,7 +68,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of GAME-probe and GAME-pretrain")
-    parser.add_argument("--rows", nargs="+", default=["majority", "random"], help=f"{', '.join(ROWS)}, or bundles")
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        default=["majority", "random"],
+        help=f"{', '.join(ROWS)}, bundles; random{STANDARDISED} scales",
+    )
     parser.add_argument("--games", nargs="+", choices=GAMES, default=["pong", "breakout", "boxing"])
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--results", type=Path, default=KEPT, help="kept cells, a small JSON file each")

@@ -18,7 +18,9 @@ def _probe(commands: Any) -> None:
     def run(o: Options) -> Result:
         from jobs import probe
 
-        return probe.run(workspace_of(o), o.encoder, o.data, with_velocity=o.velocity, seed=o.seed)
+        return probe.run(
+            workspace_of(o), o.encoder, o.data, is_standardised=o.standardised, with_velocity=o.velocity, seed=o.seed
+        )
 
     def present(r: Result) -> str:
         from jobs import probe
@@ -36,6 +38,7 @@ def _probe(commands: Any) -> None:
     )  # fmt: skip
     p.add_argument("encoder", metavar="ENCODER", help="models:/NAME@alias, models:/NAME/3, runs:/ID/path or a folder")
     p.add_argument("--data", required=True, metavar="DIR", help="a random agent's frames with RAM")
+    p.add_argument("--standardised", action="store_true", help="scale each latent to variance 1 (not as published)")
     p.add_argument("--velocity", action="store_true", help="measure the ball's velocity too (Pong, Breakout)")
     p.add_argument("--seed", type=seed, default=0, help="deals the episodes, draws the probes' weights (0)")
     places(p)

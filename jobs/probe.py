@@ -15,21 +15,31 @@ from pipeline.errors import UserError
 from pipeline.gauges import Gauges
 from pipeline.labels import features_of, read_labels
 from pipeline.origin import load_origin, require_unseen
-from pipeline.probe import MAX_EPOCHS, probe_features
+from pipeline.probe import MAX_EPOCHS, probe_features, standardised
 from pipeline.registry import resolve
 from pipeline.storage import base_name
 from pipeline.store import FramesDataset
 
 PROTOCOL, POLICY = "atariari", "random"
+METHODS = ("vae", "st-dim", "supervised")  # shown beside
 
 
-def run(workspace: Workspace, encoder: str, data: str, *, with_velocity: bool = False, seed: int = 0) -> dict[str, Any]:
+def run(
+    workspace: Workspace,
+    encoder: str,
+    data: str,
+    *,
+    is_standardised: bool = False,
+    with_velocity: bool = False,
+    seed: int = 0,
+) -> dict[str, Any]:
     """Probes an encoder.
 
     Args:
         workspace: Where the registry is.
         encoder: Its address.
         data: Folder or address of a dataset of a random agent's frames with RAM.
+        is_standardised: Probes each latent scaled to variance 1 instead of the posterior mean as it is.
         with_velocity: Measures too how well the ball's velocity can be read off stacked latents.
         seed: Deals episodes to the probes' parts and draws their weights and batches.
 
@@ -54,7 +64,8 @@ def run(workspace: Workspace, encoder: str, data: str, *, with_velocity: bool = 
     game = dataset.preprocess.game
     with progress(dataset.num_frames, f"encode {game}", "frames", gauges) as bar:
         labels = read_labels(dataset, seed)
-        features = features_of(dataset, network.encode, bar.advance)
+        features = features_of(dataset, network.encode, bar.advance) * network.scale + network.mean
+        features = standardised(features, labels) if is_standardised else features
     with progress(MAX_EPOCHS, f"probe {game}", "epochs", gauges) as bar:
         probed = probe_features(features, labels, seed=seed, on_epochs=bar.advance)
     moving = velocity.velocity(features, labels) if with_velocity else None
@@ -65,6 +76,7 @@ def run(workspace: Workspace, encoder: str, data: str, *, with_velocity: bool = 
         "digest": dataset.digest,
         "game": game,
         "resolution": f"{dataset.preprocess.height}x{dataset.preprocess.width}",
+        "features": "posterior mean, standardised" if is_standardised else "posterior mean",
         "f1": probed.f1,
         "accuracy": probed.accuracy,
         "f1_by_category": probed.f1_by_category,
@@ -103,16 +115,16 @@ def require_probe_data(dataset: FramesDataset) -> None:
 
 def present(r: dict[str, Any]) -> str:
     """The result in words: each variable beside the published figures."""
-    rows = [("", "F1", "vae", "st-dim", "supervised")]
+    rows = [("", "F1", "published: vae", "st-dim", "supervised")]
     for name, f1 in [*r["f1_by_variable"].items(), ("", r["f1"])]:
         there = r["published_f1"].get(name, {})
-        rows.append((name or r["game"], f"{f1:.3f}", *(_shown(there.get(method)) for method in rows[0][2:])))
+        rows.append((name or r["game"], f"{f1:.3f}", *(_shown(there.get(method)) for method in METHODS)))
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     for key in ("velocity_r2", "velocity_r2_single"):
         if key in r:
             lines.append(f"{key.replace('_', ' ')}: {', '.join(f'{k} {v:.3f}' for k, v in r[key].items())}")
-    lines.append(f"{r['test_frames']} test frames of {r['resolution']}, {r['seconds']} s; beside it what was published")
+    lines.append(f"{r['features']}; {r['test_frames']} test frames of {r['resolution']}, {r['seconds']} s")
     return "\n".join(f"  {line}" for line in lines) + (f"\nnote: {r['remark']}" if r["remark"] else "")
 
 

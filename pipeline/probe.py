@@ -78,6 +78,18 @@ def probe_features(
     return scored(labels, probes.predicted(labels.rows(TEST)), dict(zip(labels.variables, probes.epochs.tolist())))
 
 
+def standardised(features: Tensor, labels: Labels) -> Tensor:
+    """Features with mean 0 and variance 1 over the training part, each; one that is constant there becomes 0.
+
+    The protocol takes features as they are, and its probes learn so little a step that the scale of the features
+    decides much of the score (docs/probe.md).
+    """
+    known = features[torch.from_numpy(labels.rows(TRAIN))]
+    spread, size = known.std(0, unbiased=False), known.abs().amax(0)
+    is_constant = spread <= 1e-6 * size  # rounding, not a spread
+    return torch.where(is_constant, torch.zeros(()), (features - known.mean(0)) / spread.clamp(min=1e-30))
+
+
 def scored(labels: Labels, predicted: NDArray[np.uint8], epochs: dict[str, int] | None = None) -> ProbeResult:
     """Scores predictions (T, V) of the T test rows.
 

@@ -25,7 +25,17 @@ from pipeline.errors import UserError
 from pipeline.labels import TEST, TRAIN, UNUSED, VALIDATION, Labels, entropy_nats, features_of, read_labels
 from pipeline.models.vae import VAESettings
 from pipeline.origin import Origin, load_origin, require_unseen
-from pipeline.probe import BATCH, EpisodeSampler, Plateau, _Matrix, majority, probe_features, scored, weighted_scores
+from pipeline.probe import (
+    BATCH,
+    EpisodeSampler,
+    Plateau,
+    _Matrix,
+    majority,
+    probe_features,
+    scored,
+    standardised,
+    weighted_scores,
+)
 from pipeline.store import FramesDataset
 
 LENGTHS = [*[90] * 20, 65, 30, 65, 90]
@@ -187,6 +197,14 @@ def test_probes_find_what_is_there_and_nothing_else(dataset: FramesDataset, labe
         assert blind.f1_by_variable[name] < chance.f1_by_variable[name] + 0.1
 
 
+def test_standardised_features_do_not_depend_on_their_scale(dataset: FramesDataset, labels: Labels) -> None:
+    features = torch.randn(len(labels.values), 4) * torch.tensor([1e-4, 1.0, 50.0, 0.0]) + 3
+    found = standardised(features, labels)
+    known = found[torch.from_numpy(labels.rows(TRAIN))]
+    torch.testing.assert_close(known.std(0, unbiased=False), torch.tensor([1.0, 1.0, 1.0, 0.0]), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(standardised(features[:, 1:3] * 7, labels), found[:, 1:3], rtol=1e-4, atol=1e-4)
+
+
 def test_a_matrix_learns_as_separate_linear_layers_do() -> None:
     """All probes together, one learning rate each, against torch's own layers, cross-entropy and Adam."""
     rng = torch.Generator().manual_seed(0)
@@ -287,6 +305,7 @@ def test_the_command(dataset: FramesDataset, tmp_path: Path, capsys: pytest.Capt
     assert result["f1_by_variable"].keys() == {"player_score", "ball_x", "ball_y"}
     assert result["f1"] == pytest.approx(np.mean(list(result["f1_by_category"].values())))
     assert result["z_dim"] == 6
+    assert result["features"] == "posterior mean"
     assert result["resolution"] == f"{HEIGHT}x{WIDTH}"
     assert 0 < result["test_frames"] < result["probe_frames"] < sum(LENGTHS)
     assert result["velocity_r2"].keys() == result["velocity_r2_single"].keys() == {"dx", "dy"}

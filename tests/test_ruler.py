@@ -30,7 +30,7 @@ def test_rows_are_measured_once_and_stand_beside_the_published(
     (tmp_path / "page").mkdir()
     (tmp_path / "page" / "ruler.md").write_text(PAGE)
     arguments = ["--data", str(tmp_path / "data"), "--results", str(tmp_path / "kept"), "--json"]
-    arguments += ["--rows", "majority", "pixels", "pca-whitened", "--games", "pong", "--write", str(tmp_path / "page")]
+    arguments += ["--rows", "majority", "pixels", "pca+std", "--games", "pong", "--write", str(tmp_path / "page")]
     assert ruler.main(arguments) == 0
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["pong"]
     assert rows["majority"]["published_f1"] == 0.10

@@ -15,17 +15,20 @@ from torch import Tensor
 
 from atariari import training
 from atariari.networks import PublishedEncoder
+from jobs.recipes import PRETRAIN_RECIPES
+from pipeline import models
 from pipeline.artifact import load_encoder
 from pipeline.labels import features_of, read_labels
 from pipeline.order import ReadingOrder
-from pipeline.probe import ProbeResult, majority, probe_features, scored
+from pipeline.probe import ProbeResult, majority, probe_features, scored, standardised
 from pipeline.store import FramesDataset
 from pipeline.stream import sample_frames
 
 VERSION = 1  # of the ruler: what was measured by another is measured again
 PUBLISHED = {"majority": "maj-clf", "random": "random-cnn", "vae": "vae", "supervised": "supervised"}
+STANDARDISED = "+std"
 PIXELS = (21, 16)
-PCA_FRAMES, PCA_SIZE = 4_096, 256
+SAMPLED_FRAMES, PCA_SIZE = 4_096, 256
 MARKS_S = {"vae": [120, 300, 600, 1200, 1800, 2700, 3600], "supervised": [300, 900, 1800, 3600]}
 
 
@@ -34,7 +37,8 @@ class Cell:
     """A row of the table for one game.
 
     Attributes:
-        row: majority, random, pixels, pca, pca-whitened, vae, supervised, or the folder of an encoder bundle.
+        row: majority, random, pixels, pca, vae, supervised, untrained (our recipe `probe` before its first update), or
+            the folder of an encoder bundle; with STANDARDISED behind it, features are scaled to variance 1 each.
         game: The benchmark's name.
         probe: Digest of the dataset that is probed.
         pretrain: Digest of the dataset that is learned from; "" where nothing is.
@@ -75,6 +79,8 @@ def measure(cell: Cell, probe: FramesDataset, pretrain: FramesDataset | None, wo
     if cell.row == "majority":
         return {**facts, **_said(scored(labels, majority(labels)))}
     features = features_of(probe, _encoding(cell, pretrain))
+    if cell.row.endswith(STANDARDISED):
+        features = standardised(features, labels)
     return {**facts, **_said(probe_features(features, labels, seed=cell.seed))}
 
 
@@ -83,25 +89,33 @@ def _said(result: ProbeResult) -> dict[str, Any]:
 
 
 def _encoding(cell: Cell, pretrain: FramesDataset | None) -> Callable[[Tensor], Tensor]:
-    if cell.row == "random":
+    kind = cell.row.removesuffix(STANDARDISED)
+    if kind == "random":
         torch.manual_seed(cell.seed)
         return PublishedEncoder().eval()
-    if cell.row == "pixels":
+    if kind == "pixels":
         return lambda frames: F.adaptive_avg_pool2d(frames[:, None].float() / 255, PIXELS).flatten(1)
-    if cell.row.startswith("pca"):
+    if kind in ("pca", "untrained"):
         assert pretrain is not None
-        return _principal_components(pretrain, is_whitened=cell.row == "pca-whitened")
-    return load_encoder(cell.row).encode
+        frames = sample_frames(pretrain, ReadingOrder.whole(pretrain, "train", 1, 1), SAMPLED_FRAMES)
+        return _principal_components(frames) if kind == "pca" else _untrained(frames, cell.seed)
+    encoder = load_encoder(kind)
+    return lambda frames: encoder.encode(frames) * encoder.scale + encoder.mean
 
 
-def _principal_components(dataset: FramesDataset, *, is_whitened: bool) -> Callable[[Tensor], Tensor]:
+def _untrained(frames: Tensor, seed: int) -> Callable[[Tensor], Tensor]:
+    """Posterior means of the model of our recipe, with what it takes from data before its first update."""
+    torch.manual_seed(seed)
+    recipe = PRETRAIN_RECIPES["probe"]
+    model = models.build(recipe.model.for_frames(*frames.shape[1:]))
+    model.initialise(frames[: recipe.train.monitor_frames])
+    return model.eval().features
+
+
+def _principal_components(frames: Tensor) -> Callable[[Tensor], Tensor]:
     """Frames to their scores on the first components of a sample of the pretraining part."""
-    frames = sample_frames(dataset, ReadingOrder.whole(dataset, "train", 1, 1), PCA_FRAMES)
     x = frames.flatten(1).float() / 255
     mean = x.mean(0)
-    x -= mean
     torch.manual_seed(0)
-    _, sizes, components = torch.svd_lowrank(x, PCA_SIZE, niter=2)
-    scale = sizes / len(x) ** 0.5 if is_whitened else torch.ones_like(sizes)
-    components = components / scale.clamp(min=1e-4 * float(sizes[0]))
-    return lambda frames: (frames.flatten(1).float() / 255 - mean) @ components
+    _, _, components = torch.svd_lowrank(x.sub_(mean), PCA_SIZE, niter=2)
+    return lambda batch: (batch.flatten(1).float() / 255 - mean) @ components
