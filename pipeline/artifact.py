@@ -281,7 +281,7 @@ def model_config(record: Mapping[str, Any], what: str) -> ModelConfig:
     Raises:
         UserError: An unknown class, unknown or missing keys, or values that no model can have.
     """
-    fields = dict(record)
+    fields = models.ADDED | dict(record)
     try:
         config_class = models.config_class(fields.pop("class", None))
     except ValueError as error:

@@ -18,7 +18,7 @@ from pipeline.artifact import model_config
 from pipeline.errors import UserError
 from pipeline.models.distributions import DiagonalGaussian, PixelGaussian, bits_per_dim, kl_divergence
 from pipeline.models.latent import LatentModel, ModelConfig
-from pipeline.models.nets import ConvEncoder, padded_size
+from pipeline.models.nets import Body, ConvEncoder, Cross, padded_size, profiles
 from pipeline.models.vae import VAE, VARIANCES, VAESettings
 
 
@@ -160,7 +160,7 @@ def test_standard_deviation_stays_above_its_floor(variance):
 )
 def test_the_stem_is_a_projection_of_centred_patches_of_padded_frames(height, width, patch, num_widths, seed):
     torch.manual_seed(seed)
-    encoder = ConvEncoder(height, width, 3, patch, (4,) * num_widths, 0, 0)
+    encoder = ConvEncoder(Body(height, width, 3, patch, (4,) * num_widths, 0, 0, is_axial=False))
     encoder.mean_frame.uniform_(0, 255)
     frames = torch.randint(0, 256, (2, height, width), dtype=torch.uint8)
     kept = frames.clone()
@@ -183,6 +183,55 @@ def test_initialisation_puts_mean_and_variance_where_the_data_are():
     torch.testing.assert_close(likelihood.variance.mean(), frames.float().var(0).mean(), rtol=0.01, atol=0)
     torch.testing.assert_close(model.features(frames).var(0), torch.ones(5), rtol=0.01, atol=0)
     assert float(model(frames).value.mean().detach()) > before + 50
+
+
+def test_profiles_tell_rows_whatever_the_columns_and_columns_whatever_the_rows():
+    cells = torch.randn(2, 3, 4, 6)
+    rows, columns = profiles(cells).split([12, 18], 1)
+    shuffled_across, shuffled_down = cells[..., torch.randperm(6)], cells[:, :, torch.randperm(4)]
+    torch.testing.assert_close(profiles(shuffled_across)[:, :12], rows)
+    torch.testing.assert_close(profiles(shuffled_down)[:, 12:], columns)
+    torch.testing.assert_close(profiles(cells)[:, :12].view(2, 3, 4), cells.sum(3) / 6**0.5)
+
+
+def test_a_cross_is_what_profiles_read():
+    entries = torch.randn(2, 3 * (4 + 6))
+    cells = Cross(3, (4, 6))(entries)
+    rows, columns = entries[:, :12].view(2, 3, 4), entries[:, 12:].view(2, 3, 6)
+    for i, j in ((0, 0), (3, 5), (2, 1)):
+        torch.testing.assert_close(cells[..., i, j], rows[..., i] + columns[..., j])
+
+
+@pytest.mark.parametrize("layout", [{"is_axial": True}, {"latent_channels": 2}, {}])
+def test_every_layout_starts_with_standardised_means_and_reads_what_moves(layout):
+    frames = torch.from_numpy(toy_frames(300, 12, 10))
+    model = tiny("global", z_dim=6, **layout)
+    model.initialise(frames)
+    means = model.features(frames).view(300, 2 if "latent_channels" in layout else 6, -1)
+    torch.testing.assert_close(means.var((0, 2), unbiased=False), torch.ones(means.shape[1]), rtol=0.01, atol=0)
+    torch.testing.assert_close(means.mean((0, 2)), torch.zeros(means.shape[1]), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("rarity", "seed"), [(0.1, 0), (0.5, 1), (1.0, 2)])
+def test_rarity_weighs_errors_in_training_and_never_the_bound(rarity, seed):
+    frames = torch.from_numpy(toy_frames(64, 12, 10))
+    models_of = [tiny("global", rarity=value) for value in (0.0, rarity)]
+    terms = []
+    for model in models_of:
+        torch.manual_seed(seed)
+        model.load_state_dict(models_of[0].state_dict(), strict=False)
+        model.initialise(frames)
+        terms += [model.train()(frames)]
+    plain, weighed = terms
+    torch.testing.assert_close(weighed.value, plain.value, rtol=1e-4, atol=0)
+    mean, variance = frames.float().mean(0), frames.float().var(0, unbiased=False).clamp(min=1)
+    weights = (1 + (frames.float() - mean) ** 2 / variance) ** rarity
+    torch.manual_seed(seed)
+    likelihood = models_of[1].decode(models_of[1].infer(frames).rsample())
+    errors = (frames.float() + 0.5 - likelihood.mean) ** 2 + 1 / 12
+    expected = plain.loss() + (0.5 * (weights - 1) * errors / likelihood.variance).sum((1, 2)).mean()
+    torch.testing.assert_close(weighed.loss(), expected, rtol=1e-4, atol=0)
+    assert float(models_of[1].eval()(frames).emphasis) == 0.0
 
 
 def test_beta_changes_the_loss_and_not_the_bound():
@@ -229,6 +278,8 @@ def test_configuration_survives_json_and_unknown_keys_do_not():
     config = VAESettings(z_dim=7, widths=(4, 8, 16)).for_frames(21, 16)
     record = models.to_record(config)
     assert model_config(record, "it") == config
+    older = {name: value for name, value in record.items() if name not in ("is_axial", "rarity")}
+    assert model_config(older, "it") == config
     with pytest.raises(UserError, match=r"unknown or missing keys \['depth'\]"):
         model_config({**record, "depth": 3}, "it")
     with pytest.raises(UserError, match="no model class 'GAN'"):
@@ -236,7 +287,16 @@ def test_configuration_survives_json_and_unknown_keys_do_not():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"variance": "none"}, {"z_dim": 0}, {"widths": ()}, {"beta": -1.0}, {"min_std": 0.1}]
+    "wrong",
+    [
+        {"variance": "none"},
+        {"z_dim": 0},
+        {"widths": ()},
+        {"beta": -1.0},
+        {"min_std": 0.1},
+        {"rarity": 2.0},
+        {"is_axial": True, "latent_channels": 1},
+    ],
 )
 def test_settings_that_make_no_model_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -10,6 +10,8 @@ import torch
 from pipeline.models.latent import LatentModel, ModelConfig
 from pipeline.models.vae import VAE, VAEConfig
 
+# Settings that records from before them lack, and what held then.
+ADDED: dict[str, Any] = {"is_axial": False, "rarity": 0.0}
 _MODELS: dict[str, tuple[type[LatentModel], type[ModelConfig]]] = {"VAE": (VAE, VAEConfig)}
 
 

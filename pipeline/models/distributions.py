@@ -92,8 +92,11 @@ class PixelGaussian:
         Returns:
             (B,) float32, nats, summed over pixels.
         """
-        error = (x_BHW + DEQUANTISATION_MEAN - self.mean).square() + DEQUANTISATION_VARIANCE
-        return self._normal(error)
+        return self._normal(self.squared_error(x_BHW))
+
+    def squared_error(self, x_BHW: Tensor) -> Tensor:
+        """(B, H, W) expectation over u of (x + u - mean)^2 of frames x (B, H, W) uint8, levels squared."""
+        return (x_BHW + DEQUANTISATION_MEAN - self.mean).square() + DEQUANTISATION_VARIANCE
 
     def _normal(self, squared_error_BHW: Tensor) -> Tensor:
         logvar = self.logvar

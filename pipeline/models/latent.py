@@ -62,20 +62,22 @@ class ELBO:
         log_likelihood: (B,) expected log density of the dequantised frame given one posterior draw.
         kl: (B, Z) KL of the posterior to the prior, per latent dimension.
         beta: Weight of the KL in the loss.
+        emphasis: (B,) nats that training adds to the loss beside the bound (`LatentModel.emphasis`), or 0.
     """
 
     log_likelihood: Tensor
     kl: Tensor
     beta: float
+    emphasis: Tensor | float = 0.0
 
     @property
     def value(self) -> Tensor:
-        """(B,) the bound itself, with weight 1 on the KL whatever beta is."""
+        """(B,) the bound itself, with weight 1 on the KL whatever beta is, and without emphasis."""
         return self.log_likelihood - self.kl.sum(-1)
 
     def loss(self) -> Tensor:
-        """What training minimises: -(log-likelihood - beta KL), averaged over the batch."""
-        return -(self.log_likelihood - self.beta * self.kl.sum(-1)).mean()
+        """What training minimises: -(log-likelihood - beta KL) + emphasis, averaged over the batch."""
+        return (self.beta * self.kl.sum(-1) - self.log_likelihood + self.emphasis).mean()
 
 
 class LatentModel(nn.Module, ABC):
@@ -118,7 +120,16 @@ class LatentModel(nn.Module, ABC):
         """Evidence lower bound of frames (B, H, W) uint8 with one posterior draw per frame."""
         posterior = self.infer(x, c)
         likelihood = self.decode(posterior.rsample(), c)
-        return ELBO(likelihood.expected_log_prob(x), kl_divergence(posterior, self.prior(c)), self.config.beta)
+        return ELBO(
+            likelihood.expected_log_prob(x),
+            kl_divergence(posterior, self.prior(c)),
+            self.config.beta,
+            self.emphasis(x, likelihood) if self.training else 0.0,
+        )
+
+    def emphasis(self, x: Tensor, likelihood: PixelGaussian) -> Tensor | float:
+        """(B,) nats added to the training loss for what of frames (B, H, W) must not be overlooked; 0 by default."""
+        return 0.0
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> ELBO:
         """`elbo`; distributed training hooks into forward."""

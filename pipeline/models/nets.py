@@ -7,6 +7,8 @@ the right to whole patches and whole strides; the decoder crops the padding off 
 from __future__ import annotations
 
 import itertools
+import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,36 @@ LEVELS = 256
 INITIAL_LOGVAR, INITIAL_LOGVAR_SPREAD = -2.0, 0.1
 INITIAL_BATCH = 256
 MIN_POSTERIOR_LOGVAR, MAX_POSTERIOR_LOGVAR = -12.0, 4.0
+
+
+@dataclass(frozen=True)
+class Body:
+    """What an encoder and its decoder are built from.
+
+    Attributes:
+        height: H.
+        width: W.
+        z_dim: Z.
+        patch: P.
+        widths: C at each resolution, which halves from one to the next.
+        num_blocks: Residual blocks per resolution.
+        latent_channels: Latents a cell where z is a grid over the last feature map, else 0.
+        is_axial: z is read off that map's `profiles`.
+    """
+
+    height: int
+    width: int
+    z_dim: int
+    patch: int
+    widths: tuple[int, ...]
+    num_blocks: int
+    latent_channels: int
+    is_axial: bool
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Size of the last feature map."""
+        return grid_size(self.height, self.width, self.patch, len(self.widths) - 1)
 
 
 class ResidualBlock(nn.Module):
@@ -50,6 +82,32 @@ def grid_size(height: int, width: int, patch: int, num_halvings: int) -> tuple[i
     return padded_height // unit, padded_width // unit
 
 
+def profiles(cells: Tensor) -> Tensor:
+    """(B, C, h, w) to (B, C (h + w)): what lies in each row, whatever the column, and in each column, whatever the row.
+
+    Where something is down and where it is across are then read apart, each wherever the other is: that takes far fewer
+    frames to learn than one layer from all cells. Sums are divided by the square root of their number.
+    """
+    rows, columns = cells.sum(3) / cells.shape[3] ** 0.5, cells.sum(2) / cells.shape[2] ** 0.5
+    return torch.cat([rows.flatten(1), columns.flatten(1)], 1)
+
+
+class Cross(nn.Module):
+    """The mirror of `profiles`: (B, C (h + w)) to (B, C, h, w), every cell its row's entry plus its column's."""
+
+    def __init__(self, width: int, grid: tuple[int, int]) -> None:
+        """`width` is C."""
+        super().__init__()
+        self._width, self._grid = width, grid
+
+    def forward(self, entries: Tensor) -> Tensor:
+        """See the class; channels last."""
+        height, width = self._grid
+        rows, columns = torch.split(entries, [self._width * height, self._width * width], dim=1)
+        cells = rows.view(-1, self._width, height, 1) + columns.view(-1, self._width, 1, width)
+        return cells.contiguous(memory_format=torch.channels_last)
+
+
 def _blocks(width: int, count: int) -> list[nn.Module]:
     return [ResidualBlock(width) for _ in range(count)]
 
@@ -59,25 +117,16 @@ class ConvEncoder(nn.Module):
 
     The mean frame is subtracted first, so that what moves is what the network sees. The stem is one matrix product on
     patches, cut while the frames are still bytes: a quarter of the traffic of cutting floats. The head is one linear
-    layer, or, where z is a grid (`latent_channels`), one layer shared by all cells of the last feature map.
+    layer from the last map, or from its `profiles`, or, where z is a grid (`latent_channels`), one shared by all cells.
     """
 
     mean_frame: Tensor
 
-    def __init__(
-        self,
-        height: int,
-        width: int,
-        z_dim: int,
-        patch: int,
-        widths: tuple[int, ...],
-        num_blocks: int,
-        latent_channels: int,
-    ) -> None:
-        """Builds the layers; `widths` has one entry per resolution, each half of the one before."""
+    def __init__(self, body: Body) -> None:
+        """Builds the layers."""
         super().__init__()
-        halvings = len(widths) - 1
-        padded_height, padded_width = padded_size(height, width, patch, halvings)
+        height, width, patch, widths, num_blocks = body.height, body.width, body.patch, body.widths, body.num_blocks
+        padded_height, padded_width = padded_size(height, width, patch, len(widths) - 1)
         self._padding = (0, padded_width - width, 0, padded_height - height)
         self._patch = patch
         self.register_buffer("mean_frame", torch.zeros(height, width))
@@ -86,18 +135,21 @@ class ConvEncoder(nn.Module):
         for narrow, wide in itertools.pairwise(widths):
             layers += [nn.Conv2d(narrow, wide, 2, stride=2), *_blocks(wide, num_blocks)]
         self.layers = nn.Sequential(*layers, nn.ReLU())
-        grid_height, grid_width = grid_size(height, width, patch, halvings)
+        self._is_axial = body.is_axial
         self.head: nn.Linear | nn.Conv2d
-        if latent_channels:
-            self.head = nn.Conv2d(widths[-1], 2 * latent_channels, 1)
+        if body.latent_channels:
+            self.head = nn.Conv2d(widths[-1], 2 * body.latent_channels, 1)
+        elif body.is_axial:
+            self.head = nn.Linear(widths[-1] * sum(body.grid), 2 * body.z_dim)
         else:
-            self.head = nn.Linear(widths[-1] * grid_height * grid_width, 2 * z_dim)
+            self.head = nn.Linear(widths[-1] * math.prod(body.grid), 2 * body.z_dim)
 
     def forward(self, x: Tensor) -> DiagonalGaussian:
         """q(z | x) of frames (B, H, W) uint8; the log-variance is held between -12 and 4."""
         features = self.layers(self._embed(x))
-        is_flat = isinstance(self.head, nn.Linear)
-        mean, logvar = self.head(features.flatten(1) if is_flat else features).chunk(2, dim=1)
+        if isinstance(self.head, nn.Linear):
+            features = profiles(features) if self._is_axial else features.flatten(1)
+        mean, logvar = self.head(features).chunk(2, dim=1)
         logvar = logvar.flatten(1).clamp(MIN_POSTERIOR_LOGVAR, MAX_POSTERIOR_LOGVAR)
         return DiagonalGaussian(mean.flatten(1).float(), logvar.float())
 
@@ -138,28 +190,20 @@ class ConvEncoder(nn.Module):
 class ConvDecoder(nn.Module):
     """The encoder mirrored: first layer, residual blocks, pixel-shuffles, one map of pixels per output."""
 
-    def __init__(
-        self,
-        height: int,
-        width: int,
-        z_dim: int,
-        patch: int,
-        widths: tuple[int, ...],
-        num_blocks: int,
-        latent_channels: int,
-        num_maps: int,
-    ) -> None:
-        """Builds the layers; arguments as for ConvEncoder, `num_maps` pixel maps come out."""
+    def __init__(self, body: Body, num_maps: int) -> None:
+        """Builds the layers; `num_maps` pixel maps come out."""
         super().__init__()
-        self._size = (height, width)
-        grid = grid_size(height, width, patch, len(widths) - 1)
+        self._size = (body.height, body.width)
+        patch, widths, num_blocks, grid = body.patch, body.widths, body.num_blocks, body.grid
         self.seed: nn.Module
-        if latent_channels:
-            unflatten = nn.Unflatten(1, (latent_channels, *grid))
-            self.seed = nn.Sequential(unflatten, nn.Conv2d(latent_channels, widths[-1], 1))
+        if body.latent_channels:
+            unflatten = nn.Unflatten(1, (body.latent_channels, *grid))
+            self.seed = nn.Sequential(unflatten, nn.Conv2d(body.latent_channels, widths[-1], 1))
+        elif body.is_axial:
+            self.seed = nn.Sequential(nn.Linear(body.z_dim, widths[-1] * sum(grid)), Cross(widths[-1], grid))
         else:
             unflatten = nn.Unflatten(1, (widths[-1], *grid))
-            self.seed = nn.Sequential(nn.Linear(z_dim, widths[-1] * grid[0] * grid[1]), unflatten)
+            self.seed = nn.Sequential(nn.Linear(body.z_dim, widths[-1] * math.prod(grid)), unflatten)
         layers: list[nn.Module] = _blocks(widths[-1], num_blocks)
         for wide, narrow in zip(widths[:0:-1], widths[-2::-1]):
             layers += [nn.Conv2d(wide, 4 * narrow, 1), nn.PixelShuffle(2), *_blocks(narrow, num_blocks)]

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from pipeline.models.distributions import DEQUANTISATION_MEAN, DEQUANTISATION_VARIANCE, PixelGaussian
 from pipeline.models.latent import LatentModel, ModelConfig, ModelSettings
-from pipeline.models.nets import LEVELS, ConvDecoder, ConvEncoder, grid_size, mean_and_logvar
+from pipeline.models.nets import LEVELS, Body, ConvDecoder, ConvEncoder, grid_size, mean_and_logvar
 
 # Beyond these is a slip or an attack. The z_dim of a grid follows from its cells and has no limit of its own.
 MOST = {"patch": 256, "num_blocks": 64, "latent_channels": 4096}
 MOST_Z_DIM, MOST_WIDTH, MOST_RESOLUTIONS, MOST_SIDE = 65_536, 4096, 8, 1024
+MOST_RARITY = 1.0
 VARIANCES = ("pixel_map", "pixel", "global")
 LOGVAR_RATE = 10.0  # log-variances travel far: this many times the optimizer's step
 
@@ -33,6 +34,11 @@ class VAESettings(ModelSettings):
         latent_channels: 0 for a flat z of `z_dim`; otherwise z is a grid of so many channels over the cells of the
             last feature map, and `z_dim` follows from the size of the frames. What is small and moves, such as a ball,
             is then encoded where it is, after minutes of training instead of hours.
+        is_axial: z is read off the sums over rows and columns of cells (nets.profiles); not with `latent_channels`.
+        rarity: Training weighs the squared error of a pixel by (1 + d^2) ** rarity, d its distance from that pixel's
+            mean in standard deviations. 0 weighs all alike; 0.5 gives a pixel that is lit in a share f of the frames
+            about 1 / sqrt(f) there, so that a small thing is not drowned by what is large. The bound that is reported
+            is never weighted.
         variance: Variance of the pixels: "pixel_map" (the decoder gives one per pixel and frame), "pixel" (one learned
             per pixel position, shared by all frames) or "global" (one number).
         min_std: Floor of the pixels' standard deviation, levels. Dequantisation noise alone has 0.289, so a floor
@@ -45,6 +51,8 @@ class VAESettings(ModelSettings):
     widths: tuple[int, ...] = (32, 32)
     num_blocks: int = 1
     latent_channels: int = 0
+    is_axial: bool = False
+    rarity: float = 0.0
     variance: str = "global"
     min_std: float = 0.5
 
@@ -63,6 +71,10 @@ class VAESettings(ModelSettings):
         too_large += ["widths"] * (len(self.widths) > MOST_RESOLUTIONS or max(self.widths) > MOST_WIDTH)
         if too_large:
             raise ValueError(f"{', '.join(too_large)} too large: {self}")
+        if self.is_axial and self.latent_channels:
+            raise ValueError(f"is_axial goes with latent_channels 0: {self}")
+        if not 0 <= self.rarity <= MOST_RARITY:
+            raise ValueError(f"rarity is {self.rarity}; it must be 0 to {MOST_RARITY:g}")
         if self.beta < 0 or self.latent_channels < 0 or self.min_std < math.sqrt(DEQUANTISATION_VARIANCE):
             raise ValueError(f"beta and latent_channels must not be negative, nor min_std below 0.289 levels: {self}")
 
@@ -114,12 +126,14 @@ class VAE(LatentModel):
         """Builds the networks with torch's current random state."""
         super().__init__(config)
         size = (config.height, config.width)
-        body = (*size, config.z_dim, config.patch, config.widths, config.num_blocks, config.latent_channels)
-        self.encoder = ConvEncoder(*body)
-        self.decoder = ConvDecoder(*body, num_maps=2 if config.variance == "pixel_map" else 1)
+        body = Body(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Body)})
+        self.encoder = ConvEncoder(body)
+        self.decoder = ConvDecoder(body, num_maps=2 if config.variance == "pixel_map" else 1)
         self._min_logvar = 2 * math.log(config.min_std)
         self.mean_frame = nn.Parameter(torch.full(size, LEVELS / 2))
         start = torch.tensor(2 * math.log(LEVELS / 4), device="cpu") - self._min_logvar
+        self.pixel_variance: Tensor | None  # over the data, levels squared
+        self.register_buffer("pixel_variance", torch.ones(size) if config.rarity else None)
         self.raw_logvar = nn.Parameter((start if config.variance == "global" else start.expand(size)) / LOGVAR_RATE)
 
     def decode(self, z: Tensor, c: Tensor | None = None) -> PixelGaussian:
@@ -129,10 +143,20 @@ class VAE(LatentModel):
         raw = self.raw_logvar + maps[:, 1] if self.config.variance == "pixel_map" else self.raw_logvar
         return PixelGaussian(mean, self._min_logvar + F.softplus(LOGVAR_RATE * raw))
 
+    def emphasis(self, x: Tensor, likelihood: PixelGaussian) -> Tensor | float:
+        """What weighing squared errors by rarity adds to the negative log-likelihood; see VAESettings."""
+        if self.pixel_variance is None:
+            return 0.0
+        distance = (x - self.encoder.mean_frame).square() / self.pixel_variance
+        surplus = (1 + distance) ** self.config.rarity - 1
+        return 0.5 * (surplus * likelihood.squared_error(x) / likelihood.variance).sum((-2, -1))
+
     @torch.no_grad()
     def initialise(self, frames: Tensor) -> None:
         """Sets from a sample of frames (N, H, W) uint8: mean and variance of the pixels, and the scale of z."""
         mean, logvar = mean_and_logvar(frames, 1.1 * self.config.min_std**2)
+        if self.pixel_variance is not None:
+            self.pixel_variance.copy_(mean_and_logvar(frames, 1.0)[1].exp())
         logvar = logvar.exp().mean().log()
         self.mean_frame.copy_(mean)
         self.raw_logvar.fill_(torch.log(torch.expm1(logvar - self._min_logvar)) / LOGVAR_RATE)
