@@ -132,14 +132,17 @@ class Soak:
             "exit_code": code,
             "exit_s": round(seconds, 1),
             "processes": [" ".join(process.cmdline())[:100] for process in alive],
-            "temporary_files": sorted(
-                p.name for p in self.temporary.iterdir() if p.name != "ray"
-            ),  # Ray keeps its logs
+            "temporary_files": self._temporary_files(),
             "drafts": sorted(path.name for path in self.folder.glob(".*")),
             "shared_memory_mb": round(_shared_memory() - self.shared_before, 1),
         }
         shutil.rmtree(self.temporary, ignore_errors=True)
         return left
+
+    def _temporary_files(self) -> list[str]:
+        """Those besides Ray's logs; torch leaves an empty folder for what it may compile."""
+        files = (path.relative_to(self.temporary) for path in self.temporary.rglob("*") if path.is_file())
+        return sorted(str(path) for path in files if path.parts[0] != "ray")
 
     def _agent_steps(self) -> int:
         lines = _lines(self.folder / "metrics.jsonl", last_bytes=4_096)
