@@ -1,0 +1,1 @@
+"""The claims made for VAEs, as checks anyone can run: `make claims`."""
