@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CLUSTER_STAMP := $(VENV)/.installed-cluster
 
-.PHONY: setup demo test test-cluster fuzz check format bench clean
+.PHONY: setup demo test test-cluster fuzz check format bench claims clean
 
 setup: $(STAMP)
 
@@ -49,6 +49,9 @@ bench: setup
 	$(BIN)/python benchmarks/pretrain.py
 	$(BIN)/python benchmarks/replay.py
 	$(BIN)/python benchmarks/q_learning.py --short
+
+claims: setup
+	PYTHONPATH=benchmarks $(BIN)/python -m claims $(if $(SHORT),--short,--write docs/results) $(if $(MONTEZUMA),--montezuma-recipe $(MONTEZUMA))
 
 clean:
 	rm -rf $(VENV) latentrl-runs latentrl-demo .mypy_cache .ruff_cache .hypothesis .fuzz *.egg-info

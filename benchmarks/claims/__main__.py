@@ -25,7 +25,9 @@ CLAIMS = {
     "shapes": factors.CLAIM,
     "montezuma": montezuma.CLAIM,
 }
-RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "docs" / "results" / "claims"
+SHORT_RESULTS = ROOT / "latentrl-runs" / "claims-short"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -40,7 +42,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--montezuma-recipe", metavar="NAME", help="of `latentrl pretrain`; without it that is left out"
     )
-    parser.add_argument("--results", type=Path, default=RESULTS / "claims", help="kept cells, a small JSON file each")
+    parser.add_argument("--results", type=Path, help="kept cells, a small JSON file each")
     parser.add_argument("--list", action="store_true", help="names the cells and whether they have been measured")
     parser.add_argument("--json", action="store_true", help="ends with the verdict as one JSON object")
     parser.add_argument("--write", type=Path, metavar="FOLDER", help="claims.md and claims.json of all that is kept")
@@ -50,7 +52,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 1 where something that is claimed does not hold."""
     options = parse(arguments)
-    scope, kept = Scope(options.short, options.montezuma_recipe), Kept(options.results)
+    scope = Scope(options.short, options.montezuma_recipe)
+    kept = Kept(options.results or (SHORT_RESULTS if options.short else RESULTS))
     chosen = [(CLAIMS[name], cell) for name in options.claim for cell in CLAIMS[name].cells(scope)]
     chosen = [(claim, cell) for claim, cell in chosen if _is_wanted(cell, options)]
     if options.list:

@@ -18,6 +18,7 @@ from pipeline.pretrain_config import PretrainConfig
 
 BETAS = {"beta-4": 4.0, "beta-1": 1.0}
 PCA_ROWS = 10_000
+KL_WARMUP = 0.5
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,13 @@ class Plan:
 
     Attributes:
         recipe: Model and training; the seed is the cell's.
+        kl_warmup: Part of the training over which the weight of the KL rises.
         num_pairs: For the midpoints.
         iw_draws, iw_frames: For the importance-weighted bound.
     """
 
     recipe: PretrainRecipe
+    kl_warmup: float = KL_WARMUP
     num_pairs: int = bars.NUM_PAIRS
     iw_draws: int = 32
     iw_frames: int = 256
@@ -56,7 +59,7 @@ def _measure(cell: Cell) -> Figures:
 def _measure_vae(plan: Plan, seed: int, frames: torch.Tensor) -> Figures:
     recipe = replace(plan.recipe, train=replace(plan.recipe.train, seed=seed))
     model = initialised(VAE(recipe.model.for_frames(shapes.SIDE, shapes.SIDE)), frames, seed)
-    trained = train(model, frames, recipe)
+    trained = train(model, frames, recipe, plan.kl_warmup)
     codes = posterior(model, frames).mean
     sample = frames[torch.from_numpy(np.random.default_rng([seed, 3]).permutation(len(frames))[: plan.iw_frames])]
     with torch.no_grad():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -53,8 +53,12 @@ def num_steps(recipe: PretrainRecipe, num_frames: int) -> int:
     return recipe.train.epochs * (recipe.train.frames_per_epoch or num_frames) // recipe.train.batch_size
 
 
-def train(model: LatentModel, frames: Tensor, recipe: PretrainRecipe) -> Trained:
-    """Trains an initialised model on frames (N, H, W) uint8; batches are drawn with replacement, by the seed."""
+def train(model: LatentModel, frames: Tensor, recipe: PretrainRecipe, kl_warmup: float = 0.0) -> Trained:
+    """Trains an initialised model on frames (N, H, W) uint8; batches are drawn with replacement, by the seed.
+
+    The weight of the KL rises from 0 to the recipe's over the first `kl_warmup` of the updates (Bowman et al. 2016,
+    arXiv:1511.06349).
+    """
     config, started = recipe.train, time.perf_counter()
     steps, bounds = num_steps(recipe, len(frames)), []
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -67,7 +71,8 @@ def train(model: LatentModel, frames: Tensor, recipe: PretrainRecipe) -> Trained
         optimizer.zero_grad()
         with autocast("cpu", dtype):
             terms = model(batch)
-        terms.loss().backward()
+        share = min(1.0, step / (kl_warmup * steps)) if kl_warmup else 1.0
+        replace(terms, beta=share * terms.beta).loss().backward()
         if most:
             torch.nn.utils.clip_grad_norm_(parameters, most)
         optimizer.step()

@@ -16,6 +16,7 @@ from pipeline.models.vae import VAE, VAESettings
 from pipeline.pretrain_config import PretrainConfig
 
 HELD_OUT_SEED = 1_000  # of the held-out scenes: this and the cell's seed
+KL_WARMUP = 0.5
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,14 @@ class Plan:
 
     Attributes:
         recipe: Model and training; the seed is the cell's.
+        kl_warmup: Part of the training over which the weight of the KL rises.
         num_frames: Scenes to train on.
         num_held_out: Scenes for the aggregate posterior and for reconstructions.
         num_samples: From the prior.
     """
 
     recipe: PretrainRecipe
+    kl_warmup: float = KL_WARMUP
     num_frames: int = 40_000
     num_held_out: int = 4_000
     num_samples: int = bars.NUM_PRIOR_SAMPLES
@@ -50,7 +53,7 @@ def _measure(cell: Cell) -> Figures:
     recipe = replace(plan.recipe, train=replace(plan.recipe.train, seed=cell.seed))
     build = VAE if cell.arm == "vae" else Autoencoder
     model = initialised(build(recipe.model.for_frames(sprites.SIDE, sprites.SIDE)), frames, cell.seed)
-    trained = train(model, frames, recipe)
+    trained = train(model, frames, recipe, plan.kl_warmup)
     q = posterior(model, held_out)
     z = q.rsample() if cell.arm == "vae" else q.mean
     is_active = q.mean.var(0) >= bars.ACTIVE_VARIANCE_LEAST
