@@ -169,3 +169,20 @@ def test_every_claim_lists_its_cells_and_a_missing_one_is_said(tmp_path: Path) -
     assert told["claims"]["montezuma"]["cells"] == 1
     assert all(claim["measured"] == 0 and claim["cells"] > 0 for claim in told["claims"].values())
     assert page.page(told).count("not yet measured") == len(CLAIMS)
+
+
+def test_a_warm_up_ends_in_what_is_to_be_learned() -> None:
+    """At first blurred and without KL, at the end the frames themselves with all of it."""
+    warmup = training.Warmup(kl_until=0.5, blur=8.0, blur_hold=0.1, blur_until=0.6)
+    done = np.linspace(0, 1, 101)
+    shares, stds = [warmup.kl_share(d) for d in done], [warmup.blur_std(d) for d in done]
+    assert (shares[0], shares[-1], stds[0], stds[-1]) == (0.0, 1.0, 8.0, 0.0)
+    assert shares == sorted(shares)
+    assert stds == sorted(stds, reverse=True)
+    frame = torch.zeros(1, 20, 30, dtype=torch.uint8)
+    frame[0, 8:12, 13:17] = 255
+    assert torch.equal(training.blurred(frame, warmup.blur_std(1.0)), frame)
+    soft = training.blurred(frame, 3.0)[0].float()
+    assert (soft > 20).sum() > 5 * (frame > 20).sum()
+    assert torch.equal(soft, soft.flip(0))
+    assert int(soft[9:11, 14:16].min()) == int(soft.max())

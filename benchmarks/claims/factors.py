@@ -10,7 +10,7 @@ import torch
 from claims.bounds import weighted_bound
 from claims.cells import Cell, Claim, Figures, Judged, Results, Scope, by_seed, paired, t_interval
 from claims.fixed import bars, metrics, shapes
-from claims.training import decoded, initialised, mean_bound, posterior, train
+from claims.training import Warmup, decoded, initialised, mean_bound, posterior, train
 from jobs.recipes import PretrainRecipe
 from pipeline.models.distributions import bits_per_dim
 from pipeline.models.vae import VAE, VAESettings
@@ -18,7 +18,6 @@ from pipeline.pretrain_config import PretrainConfig
 
 BETAS = {"beta-4": 4.0, "beta-1": 1.0}
 PCA_ROWS = 10_000
-KL_WARMUP = 0.5
 
 
 @dataclass(frozen=True)
@@ -27,13 +26,13 @@ class Plan:
 
     Attributes:
         recipe: Model and training; the seed is the cell's.
-        kl_warmup: Part of the training over which the weight of the KL rises.
+        warmup: How it begins.
         num_pairs: For the midpoints.
         iw_draws, iw_frames: For the importance-weighted bound.
     """
 
     recipe: PretrainRecipe
-    kl_warmup: float = KL_WARMUP
+    warmup: Warmup = Warmup()
     num_pairs: int = bars.NUM_PAIRS
     iw_draws: int = 32
     iw_frames: int = 256
@@ -42,7 +41,7 @@ class Plan:
 RECIPE = PretrainRecipe(
     "beta-vae",
     VAESettings(z_dim=10, patch=8, widths=(64,), min_std=64.0),
-    PretrainConfig(epochs=1, frames_per_epoch=64 * 6_000, lr=2e-3, precision="auto"),
+    PretrainConfig(epochs=1, batch_size=32, frames_per_epoch=32 * 12_000, lr=2e-3, precision="auto"),
 )
 
 
@@ -59,7 +58,7 @@ def _measure(cell: Cell) -> Figures:
 def _measure_vae(plan: Plan, seed: int, frames: torch.Tensor) -> Figures:
     recipe = replace(plan.recipe, train=replace(plan.recipe.train, seed=seed))
     model = initialised(VAE(recipe.model.for_frames(shapes.SIDE, shapes.SIDE)), frames, seed)
-    trained = train(model, frames, recipe, plan.kl_warmup)
+    trained = train(model, frames, recipe, plan.warmup)
     codes = posterior(model, frames).mean
     sample = frames[torch.from_numpy(np.random.default_rng([seed, 3]).permutation(len(frames))[: plan.iw_frames])]
     with torch.no_grad():

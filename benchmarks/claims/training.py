@@ -20,6 +20,7 @@ from pipeline.precision import autocast, resolve_precision
 
 INITIAL_FRAMES = 1_024
 EVALUATION_BATCH = 256
+SHARP_STD, CONTRAST = 0.4, 0.5  # pixels; and per pixel of blur
 
 Model = TypeVar("Model", bound=LatentModel)
 
@@ -31,6 +32,50 @@ class Autoencoder(VAE):
         """The reconstruction alone."""
         code = self.infer(x).mean
         return ELBO(self.decode(code).expected_log_prob(x), torch.zeros_like(code), 0.0)
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """How a training begins.
+
+    Attributes:
+        kl_until: Part of the training over which the weight of the KL rises from 0 (Bowman et al. 2016,
+            arXiv:1511.06349).
+        blur: Pixels; frames are blurred by a Gaussian of this standard deviation at first, their contrast restored. A
+            small sprite that is anywhere then shows in few principal directions, which are monotone in its place.
+        blur_hold, blur_until: Parts of the training: until the first the blur stays, by the second it has gone.
+    """
+
+    kl_until: float = 0.0
+    blur: float = 0.0
+    blur_hold: float = 0.2
+    blur_until: float = 0.6
+
+    def kl_share(self, done: float) -> float:
+        """Of the recipe's weight of the KL, when a part `done` of the training is over."""
+        return min(1.0, done / self.kl_until) if self.kl_until else 1.0
+
+    def blur_std(self, done: float) -> float:
+        """Standard deviation, pixels; 0 once the frames are sharp."""
+        if not self.blur or done >= self.blur_until:
+            return 0.0
+        fallen = max(0.0, done - self.blur_hold) / (self.blur_until - self.blur_hold)
+        return float(self.blur * (SHARP_STD / self.blur) ** fallen)
+
+
+def blurred(frames: Tensor, std: float) -> Tensor:
+    """Frames (B, H, W) uint8 under a Gaussian blur; where it spreads spots thin they are brightened again."""
+    if not std:
+        return frames
+    down, right = (_gaussian(side, std) for side in frames.shape[1:])
+    levels = (down @ frames.float() @ right.T) * max(1.0, CONTRAST * std)
+    return levels.round().clamp(0, 255).to(torch.uint8)
+
+
+def _gaussian(side: int, std: float) -> Tensor:
+    place = torch.arange(side, dtype=torch.float32)
+    weights = torch.exp(-0.5 * ((place[:, None] - place) / std) ** 2)
+    return weights / weights.sum(1).max()
 
 
 @dataclass(frozen=True)
@@ -53,12 +98,8 @@ def num_steps(recipe: PretrainRecipe, num_frames: int) -> int:
     return recipe.train.epochs * (recipe.train.frames_per_epoch or num_frames) // recipe.train.batch_size
 
 
-def train(model: LatentModel, frames: Tensor, recipe: PretrainRecipe, kl_warmup: float = 0.0) -> Trained:
-    """Trains an initialised model on frames (N, H, W) uint8; batches are drawn with replacement, by the seed.
-
-    The weight of the KL rises from 0 to the recipe's over the first `kl_warmup` of the updates (Bowman et al. 2016,
-    arXiv:1511.06349).
-    """
+def train(model: LatentModel, frames: Tensor, recipe: PretrainRecipe, warmup: Warmup = Warmup()) -> Trained:
+    """Trains an initialised model on frames (N, H, W) uint8; batches are drawn with replacement, by the seed."""
     config, started = recipe.train, time.perf_counter()
     steps, bounds = num_steps(recipe, len(frames)), []
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -70,9 +111,8 @@ def train(model: LatentModel, frames: Tensor, recipe: PretrainRecipe, kl_warmup:
             group["lr"] = learning_rate(config, step, steps)
         optimizer.zero_grad()
         with autocast("cpu", dtype):
-            terms = model(batch)
-        share = min(1.0, step / (kl_warmup * steps)) if kl_warmup else 1.0
-        replace(terms, beta=share * terms.beta).loss().backward()
+            terms = model(blurred(batch, warmup.blur_std(step / steps)))
+        replace(terms, beta=warmup.kl_share(step / steps) * terms.beta).loss().backward()
         if most:
             torch.nn.utils.clip_grad_norm_(parameters, most)
         optimizer.step()

@@ -9,14 +9,14 @@ import torch
 
 from claims.cells import Cell, Claim, Figures, Judged, Results, Scope, by_seed, paired
 from claims.fixed import bars, sprites
-from claims.training import Autoencoder, decoded, initialised, mean_bound, posterior, train
+from claims.training import Autoencoder, Warmup, decoded, initialised, mean_bound, posterior, train
 from jobs.recipes import PretrainRecipe
 from pipeline.models.distributions import bits_per_dim
 from pipeline.models.vae import VAE, VAESettings
 from pipeline.pretrain_config import PretrainConfig
 
 HELD_OUT_SEED = 1_000  # of the held-out scenes: this and the cell's seed
-KL_WARMUP = 0.5
+WARMUP = Warmup(kl_until=0.6, blur=24.0, blur_hold=0.2, blur_until=0.6)
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,14 @@ class Plan:
 
     Attributes:
         recipe: Model and training; the seed is the cell's.
-        kl_warmup: Part of the training over which the weight of the KL rises.
+        warmup: How it begins.
         num_frames: Scenes to train on.
         num_held_out: Scenes for the aggregate posterior and for reconstructions.
         num_samples: From the prior.
     """
 
     recipe: PretrainRecipe
-    kl_warmup: float = KL_WARMUP
+    warmup: Warmup = WARMUP
     num_frames: int = 40_000
     num_held_out: int = 4_000
     num_samples: int = bars.NUM_PRIOR_SAMPLES
@@ -40,8 +40,8 @@ class Plan:
 
 RECIPE = PretrainRecipe(
     "sprites",
-    VAESettings(z_dim=8, patch=8, widths=(64,), min_std=128.0),
-    PretrainConfig(epochs=1, frames_per_epoch=64 * 6_000, lr=2e-3, precision="auto"),
+    VAESettings(z_dim=4, patch=8, widths=(64,), min_std=64.0),
+    PretrainConfig(epochs=1, batch_size=32, frames_per_epoch=32 * 20_000, lr=2e-3, precision="auto"),
 )
 
 
@@ -53,7 +53,7 @@ def _measure(cell: Cell) -> Figures:
     recipe = replace(plan.recipe, train=replace(plan.recipe.train, seed=cell.seed))
     build = VAE if cell.arm == "vae" else Autoencoder
     model = initialised(build(recipe.model.for_frames(sprites.SIDE, sprites.SIDE)), frames, cell.seed)
-    trained = train(model, frames, recipe, plan.kl_warmup)
+    trained = train(model, frames, recipe, plan.warmup)
     q = posterior(model, held_out)
     z = q.rsample() if cell.arm == "vae" else q.mean
     is_active = q.mean.var(0) >= bars.ACTIVE_VARIANCE_LEAST
