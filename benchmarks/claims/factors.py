@@ -18,6 +18,7 @@ from pipeline.pretrain_config import PretrainConfig
 
 BETAS = {"beta-4": 4.0, "beta-1": 1.0}
 PCA_ROWS = 10_000
+WARMUP = Warmup()  # none
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Plan:
     """
 
     recipe: PretrainRecipe
-    warmup: Warmup = Warmup()
+    warmup: Warmup = WARMUP
     num_pairs: int = bars.NUM_PAIRS
     iw_draws: int = 32
     iw_frames: int = 256
