@@ -42,7 +42,7 @@ class Plan:
 RECIPE = PretrainRecipe(
     "beta-vae",
     VAESettings(z_dim=10, patch=8, widths=(64,), min_std=64.0),
-    PretrainConfig(epochs=1, batch_size=32, frames_per_epoch=32 * 12_000, lr=2e-3, precision="auto"),
+    PretrainConfig(epochs=1, batch_size=32, frames_per_epoch=32 * 8_000, lr=2e-3, precision="auto"),
 )
 
 
