@@ -16,7 +16,7 @@ from pipeline.models.vae import VAE, VAESettings
 from pipeline.pretrain_config import PretrainConfig
 
 HELD_OUT_SEED = 1_000  # of the held-out scenes: this and the cell's seed
-WARMUP = Warmup(kl_until=0.6, blur=24.0, blur_hold=0.2, blur_until=0.6)
+WARMUP = Warmup(kl_until=0.6, blur=16.0, blur_hold=0.15, blur_until=0.6)
 
 
 @dataclass(frozen=True)
