@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from pipeline.artifact import load_encoder
 from pipeline.atari import preprocess_for
 from pipeline.collect import collect
 from pipeline.store import FramesDataset
+from pipeline.train import resources_needed
 
 SEED = bars.SEEDS[0]  # it is run once
 PROBE_SEED = 1_000
@@ -52,9 +54,10 @@ class Plan:
 def measure(plan: Plan, seed: int, home: Path) -> Figures:
     """Plays, pretrains, and fits; everything large goes below `home`."""
     workspace = Workspace.at(str(home))
-    pretraining = _play(workspace, plan, plan.num_frames, seed)
-    probing = _play(workspace, plan, plan.num_probe_frames, PROBE_SEED + seed)
-    made = pretrain.run(workspace, plan.recipe, str(home / str(seed)), "montezuma")
+    with ray_session(workspace, needs=resources_needed(plan.recipe.train), what="collecting and training workers"):
+        pretraining = _play(home, plan, plan.num_frames, seed)
+        probing = _play(home, plan, plan.num_probe_frames, PROBE_SEED + seed)
+        made = pretrain.run(workspace, plan.recipe, pretraining.uri, "montezuma")
     encoder = load_encoder(made["bundle"])
     codes, labels, episodes = read_codes(probing, encoder.encode)
     figures = {"z_dim": codes.shape[1], "encoder": _r2(codes, labels, episodes, seed)}
@@ -63,20 +66,18 @@ def measure(plan: Plan, seed: int, home: Path) -> Figures:
     return {**figures, "label_std": labels.std(0).tolist(), "bits_per_dim": made["bits_per_dim"]}
 
 
-def _play(workspace: Workspace, plan: Plan, num_frames: int, seed: int) -> FramesDataset:
-    out = workspace.home / str(seed)
-    with ray_session(workspace, needs={"CPU": 1}, what="a collecting worker", data=str(out)):
-        collect(
-            str(out),
-            preprocess_for(rules.GAME, plan.protocol, tuple(plan.resolution)),
-            frames=num_frames,
-            behaviour=rules.ScriptsFactory(),
-            played_by={"policy": "scripts of benchmarks/claims"},
-            seed=seed,
-            with_ram=True,
-            overwrite=True,
-        )
-    return FramesDataset.open(str(out))
+def _play(home: Path, plan: Plan, num_frames: int, seed: int) -> FramesDataset:
+    collected = collect(
+        str(home / f"frames-{seed}"),
+        preprocess_for(rules.GAME, plan.protocol, plan.resolution),
+        frames=num_frames,
+        behaviour=rules.ScriptsFactory(),
+        played_by={"policy": "scripts of benchmarks/claims"},
+        seed=seed,
+        with_ram=True,
+        num_workers=os.cpu_count() or 1,
+    )
+    return collected.dataset
 
 
 def read_codes(dataset: FramesDataset, encode: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

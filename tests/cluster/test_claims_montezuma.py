@@ -6,15 +6,19 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import pytest
 
-from claims import montezuma
-from claims.fixed import montezuma as rules
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
 
-from jobs.recipes import pretrain_recipe
+from claims import montezuma  # noqa: E402
+from claims.fixed import montezuma as rules  # noqa: E402
+
+from jobs.recipes import pretrain_recipe  # noqa: E402
 
 
-def test_it_runs_from_the_scripts_to_the_linear_maps(tmp_path: Path) -> None:
+def test_it_runs_from_the_scripts_to_the_linear_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", f"{BENCHMARKS}:{BENCHMARKS.parent}")  # collecting workers load the scripts
     recipe = pretrain_recipe("flat")
     tiny = replace(
         recipe,
