@@ -10,7 +10,7 @@ import torch
 from claims.bounds import weighted_bound
 from claims.cells import Cell, Claim, Figures, Judged, Results, Scope, by_seed, paired, t_interval
 from claims.fixed import bars, metrics, shapes
-from claims.training import Warmup, decoded, initialised, mean_bound, posterior, train
+from claims.training import Warmup, decoded, initialised, mean_bound, posterior, start_at_prior, train
 from jobs.recipes import PretrainRecipe
 from pipeline.models.distributions import bits_per_dim
 from pipeline.models.vae import VAE, VAESettings
@@ -28,12 +28,14 @@ class Plan:
     Attributes:
         recipe: Model and training; the seed is the cell's.
         warmup: How it begins.
+        starts_at_prior: Whether posteriors begin near the prior.
         num_pairs: For the midpoints.
         iw_draws, iw_frames: For the importance-weighted bound.
     """
 
     recipe: PretrainRecipe
     warmup: Warmup = WARMUP
+    starts_at_prior: bool = True
     num_pairs: int = bars.NUM_PAIRS
     iw_draws: int = 32
     iw_frames: int = 256
@@ -41,8 +43,8 @@ class Plan:
 
 RECIPE = PretrainRecipe(
     "beta-vae",
-    VAESettings(z_dim=10, patch=8, widths=(64,), min_std=64.0),
-    PretrainConfig(epochs=1, batch_size=32, frames_per_epoch=32 * 8_000, lr=2e-3, precision="auto"),
+    VAESettings(z_dim=10, patch=8, widths=(64,), min_std=128.0),
+    PretrainConfig(epochs=1, batch_size=32, frames_per_epoch=32 * 20_000, lr=2e-3, precision="auto"),
 )
 
 
@@ -59,6 +61,8 @@ def _measure(cell: Cell) -> Figures:
 def _measure_vae(plan: Plan, seed: int, frames: torch.Tensor) -> Figures:
     recipe = replace(plan.recipe, train=replace(plan.recipe.train, seed=seed))
     model = initialised(VAE(recipe.model.for_frames(shapes.SIDE, shapes.SIDE)), frames, seed)
+    if plan.starts_at_prior:
+        start_at_prior(model)
     trained = train(model, frames, recipe, plan.warmup)
     codes = posterior(model, frames).mean
     sample = frames[torch.from_numpy(np.random.default_rng([seed, 3]).permutation(len(frames))[: plan.iw_frames])]

@@ -20,6 +20,7 @@ from pipeline.precision import autocast, resolve_precision
 
 INITIAL_FRAMES = 1_024
 EVALUATION_BATCH = 256
+PRIOR_START = 0.1  # of the spread that `initialise` gives the posterior means
 SHARP_STD, CONTRAST = 0.4, 0.5  # pixels; and per pixel of blur
 
 Model = TypeVar("Model", bound=LatentModel)
@@ -131,6 +132,17 @@ def initialised(model: Model, frames: Tensor, seed: int) -> Model:
     """The model with what it takes from data before training, of frames drawn by the seed."""
     rng = np.random.default_rng([seed, 2])
     model.initialise(frames[torch.from_numpy(rng.integers(0, len(frames), INITIAL_FRAMES))])
+    return model
+
+
+@torch.no_grad()
+def start_at_prior(model: VAE) -> VAE:
+    """Posteriors near the prior, so that dimensions come into use one by one, those that tell most first."""
+    outputs = model.encoder.head.weight.shape[0] // 2
+    assert model.encoder.head.bias is not None
+    model.encoder.head.weight[:outputs] *= PRIOR_START
+    model.encoder.head.bias[:outputs] *= PRIOR_START
+    model.encoder.head.bias[outputs:] = 0
     return model
 
 
