@@ -68,12 +68,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of GAME-probe and GAME-pretrain")
-    parser.add_argument(
-        "--rows",
-        nargs="+",
-        default=["majority", "random"],
-        help=f"{', '.join(ROWS)}, bundles; random{STANDARDISED} scales",
-    )
+    parser.add_argument("--rows", nargs="+", default=["majority", "random"], help=ROWS_HELP)
     parser.add_argument("--games", nargs="+", choices=GAMES, default=["pong", "breakout", "boxing"])
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--results", type=Path, default=KEPT, help="kept cells, a small JSON file each")

@@ -41,7 +41,7 @@ def _probe(commands: Any) -> None:
     p.add_argument("--standardised", action="store_true", help="scale each latent to variance 1 (not as published)")
     p.add_argument("--velocity", action="store_true", help="measure the ball's velocity too (Pong, Breakout)")
     p.add_argument("--seed", type=seed, default=0, help="deals the episodes, draws the probes' weights (0)")
-    places(p)
+    places(p, uses_ray=False)
 
 
 def _lineage(commands: Any) -> None:

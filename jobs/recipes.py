@@ -49,7 +49,7 @@ class TrainRecipe:
 # Latents on a 7 x 7 grid find Pong's ball within a minute of training; a flat z had not after four (docs/log.md).
 _GRID = VAESettings(latent_channels=8, widths=(32, 32))
 _FLAT = VAESettings(z_dim=256, widths=(64, 64))
-# What moves is read off rows and columns, and what is rare counts: Breakout's ball is found within 40,000 frames.
+# What moves is read off rows and columns, and what is rare counts (prototypes in docs/log.md; not measured as it is).
 _AXIAL = VAESettings(z_dim=256, patch=10, widths=(64,), num_blocks=2, is_axial=True, rarity=0.5)
 _VAE = PretrainRecipe("vae", _GRID, PretrainConfig(epochs=5))
 _DQN = TrainRecipe("dqn", QConfig(), DQNSettings(), _GRID)

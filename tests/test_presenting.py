@@ -41,7 +41,7 @@ def test_figures_are_rounded_for_people() -> None:
     assert (shown["active units"], shown["seconds"]) == ("17", "61.5")
 
 
-@pytest.mark.parametrize("command", ["lineage x", "gc", "sync x", "report x"])
+@pytest.mark.parametrize("command", ["lineage x", "gc", "sync x", "report x", "probe x --data d"])
 def test_what_uses_no_ray_takes_no_address_of_one(command: str, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([*command.split(), "--ray-address", "auto"])
