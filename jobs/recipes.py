@@ -49,8 +49,8 @@ class TrainRecipe:
 # Latents on a 7 x 7 grid find Pong's ball within a minute of training; a flat z had not after four (docs/log.md).
 _GRID = VAESettings(latent_channels=8, widths=(32, 32))
 _FLAT = VAESettings(z_dim=256, widths=(64, 64))
-# What moves is read off rows and columns, and what is rare counts (prototypes in docs/log.md; not measured as it is).
-_AXIAL = VAESettings(z_dim=256, patch=10, widths=(64,), num_blocks=2, is_axial=True, rarity=0.5)
+# What moves is read off rows and columns, from their principal components on, and what is rare counts.
+_AXIAL = VAESettings(z_dim=256, patch=5, widths=(32,), num_blocks=1, is_axial=True, rarity=0.5)
 _VAE = PretrainRecipe("vae", _GRID, PretrainConfig(epochs=5))
 _DQN = TrainRecipe("dqn", QConfig(), DQNSettings(), _GRID)
 # Distributions of long returns learn more of an agent step.

@@ -212,6 +212,21 @@ def test_every_layout_starts_with_standardised_means_and_reads_what_moves(layout
     torch.testing.assert_close(means.mean((0, 2)), torch.zeros(means.shape[1]), rtol=0, atol=1e-4)
 
 
+def test_a_head_on_profiles_starts_with_what_random_projections_would_drown():
+    """A dim pixel beside bright noise is read off means that are blurred a little."""
+    noise = np.random.default_rng(0).integers(0, 256, (600, 2), dtype=np.uint8)
+    frames = torch.zeros(600, 12, 10, dtype=torch.uint8)
+    frames[:, 1, 1], frames[:, 7, 6] = torch.from_numpy(noise.T.copy())
+    frames[:, 9, 2] = torch.arange(600) % 2 * 8
+    model = tiny("global", z_dim=8, is_axial=True)
+    model.initialise(frames)
+    means = model.features(frames)
+    blurred = torch.cat([means + 0.05 * torch.randn_like(means), torch.ones(600, 1)], 1)
+    is_lit = (frames[:, 9, 2] > 0).float()
+    fitted = blurred @ torch.linalg.lstsq(blurred, is_lit[:, None]).solution
+    assert float(((fitted[:, 0] > 0.5) == (is_lit > 0.5)).float().mean()) > 0.95
+
+
 @pytest.mark.parametrize(("rarity", "seed"), [(0.1, 0), (0.5, 1), (1.0, 2)])
 def test_rarity_weighs_errors_in_training_and_never_the_bound(rarity, seed):
     frames = torch.from_numpy(toy_frames(64, 12, 10))

@@ -19,6 +19,8 @@ from pipeline.models.distributions import DEQUANTISATION_MEAN, DiagonalGaussian
 LEVELS = 256
 INITIAL_LOGVAR, INITIAL_LOGVAR_SPREAD = -2.0, 0.1
 INITIAL_BATCH = 256
+OVERSAMPLING, POWER_ITERATIONS = 64, 4  # of the randomised principal components (Halko et al. 2011, arXiv:0909.4061)
+LEAST_SPREAD = 1e-3  # of a component, as a share of the greatest: less is rounding
 MIN_POSTERIOR_LOGVAR, MAX_POSTERIOR_LOGVAR = -12.0, 4.0
 
 
@@ -170,11 +172,16 @@ class ConvEncoder(nn.Module):
     def standardise(self, frames: Tensor, mean_frame: Tensor) -> None:
         """Sets the mean frame, then scales the head so that posterior means have mean 0 and variance 1 over a sample.
 
+        A head on profiles starts at their principal components. What a random projection has a little of in each
+        latent, such as a clock beside two boxers, then has latents of its own, and training keeps most of that.
+
         Args:
             frames: (N, H, W) uint8.
             mean_frame: (H, W) float32, levels.
         """
         self.mean_frame.copy_(mean_frame)
+        if self._is_axial:
+            self._start_at_components(frames)
         mean_NZ = torch.cat([self(batch).mean for batch in torch.split(frames, INITIAL_BATCH)])
         outputs = self.head.weight.shape[0] // 2  # latent dimensions, or channels of the grid
         mean_OM = mean_NZ.view(len(frames), outputs, -1).transpose(0, 1).flatten(1)
@@ -185,6 +192,17 @@ class ConvEncoder(nn.Module):
         bias[:outputs] = (bias[:outputs] - mean_OM.mean(1)) / scale_O
         weight[outputs:] *= INITIAL_LOGVAR_SPREAD
         bias[outputs:] = INITIAL_LOGVAR
+
+    def _start_at_components(self, frames: Tensor) -> None:
+        """Sets as many rows of the head as there are components worth the name; others stay random."""
+        assert isinstance(self.head, nn.Linear)
+        maps = (self.layers(self._embed(batch)) for batch in torch.split(frames, INITIAL_BATCH))
+        entries_NF = torch.cat([profiles(batch) for batch in maps])
+        count = min(len(self.head.weight) // 2, *entries_NF.shape)
+        rank = min(count + OVERSAMPLING, *entries_NF.shape)
+        _, spread_K, directions_FK = torch.svd_lowrank(entries_NF - entries_NF.mean(0), rank, niter=POWER_ITERATIONS)
+        count = min(count, int((spread_K > LEAST_SPREAD * spread_K[0]).sum()))
+        self.head.weight[:count] = (directions_FK / spread_K).T[:count]
 
 
 class ConvDecoder(nn.Module):
