@@ -86,7 +86,7 @@ PRETRAIN_RECIPES = {
         PretrainRecipe(
             "probe",
             _AXIAL,
-            PretrainConfig(epochs=200, frames_per_epoch=12_800, max_seconds=450, precision="auto", monitor_frames=4096),
+            PretrainConfig(epochs=100, frames_per_epoch=25_600, max_seconds=430, precision="auto", monitor_frames=4096),
         ),
     )
 }
