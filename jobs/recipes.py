@@ -50,7 +50,7 @@ class TrainRecipe:
 _GRID = VAESettings(latent_channels=8, widths=(32, 32))
 _FLAT = VAESettings(z_dim=256, widths=(64, 64))
 # What moves is read off rows and columns, from their principal components on, and what is rare counts.
-_AXIAL = VAESettings(z_dim=256, patch=5, widths=(32,), num_blocks=1, is_axial=True, rarity=0.5)
+_AXIAL = VAESettings(z_dim=256, patch=5, widths=(32,), num_blocks=1, is_axial=True, rarity=0.5, variance="pixel")
 _VAE = PretrainRecipe("vae", _GRID, PretrainConfig(epochs=5))
 _DQN = TrainRecipe("dqn", QConfig(), DQNSettings(), _GRID)
 # Distributions of long returns learn more of an agent step.
@@ -86,7 +86,14 @@ PRETRAIN_RECIPES = {
         PretrainRecipe(
             "probe",
             _AXIAL,
-            PretrainConfig(epochs=100, frames_per_epoch=25_600, max_seconds=430, precision="auto", monitor_frames=4096),
+            PretrainConfig(
+                epochs=100,
+                frames_per_epoch=25_600,
+                max_seconds=430,
+                precision="auto",
+                monitor_frames=4096,
+                encoder_lr_scale=0.3,
+            ),
         ),
     )
 }

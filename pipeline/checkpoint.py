@@ -86,15 +86,15 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: optim.Optimizer) 
         for name, tensor in moments.items():
             index, _, key = name.partition("/")
             record["state"].setdefault(int(index), {})[key] = tensor
-        _require_moments(record["state"], model)
+        _require_moments(record["state"], optimizer)
         model.load_state_dict(weights)
         optimizer.load_state_dict(record)
         return progress
 
 
-def _require_moments(state: dict[int, dict[str, Tensor]], model: nn.Module) -> None:
+def _require_moments(state: dict[int, dict[str, Tensor]], optimizer: optim.Optimizer) -> None:
     """Adam's fused update reads them by the parameters' sizes, without a look at their own."""
-    parameters = list(model.parameters())
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if state.keys() != set(range(len(parameters))):
         raise ValueError(f"there are moments of {len(state)} parameters, and {len(parameters)} parameters")
     for index, parameter in enumerate(parameters):

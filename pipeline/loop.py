@@ -95,6 +95,14 @@ def learning_rate(config: PretrainConfig, step: int, num_steps: int) -> float:
     return config.lr * warmup * max(config.final_lr_fraction, min(1.0, left))
 
 
+def _optimizer(model: LatentModel, config: PretrainConfig) -> torch.optim.Adam:
+    """Adam with a learning rate for the encoder and one for all else."""
+    encoder = list(model.encoder.parameters())
+    rest = [value for name, value in model.named_parameters() if not name.startswith("encoder.")]
+    groups = [{"params": encoder, "lr_scale": config.encoder_lr_scale}, {"params": rest, "lr_scale": 1.0}]
+    return torch.optim.Adam(groups, config.lr, fused=True)
+
+
 class _Worker:
     """One rank's model, optimizer, data and clock."""
 
@@ -112,7 +120,7 @@ class _Worker:
         self._order = self._plan("train", self._config.batch_size, self._config.frames_per_epoch)
         self._heldout = self._heldout_order()
         self._model = self._build().to(self._device)
-        self._optimizer = torch.optim.Adam(self._model.parameters(), self._config.lr, fused=True)
+        self._optimizer = _optimizer(self._model, self._config)
         self._max_norm = self._config.grad_clip * job.model.height * job.model.width
         self._progress = Progress(0, 0, 0, 0.0, 0.0, self._config.epochs)
         self._restore()
@@ -212,7 +220,7 @@ class _Worker:
         self._seed(progress.step)
         rate = learning_rate(self._config, progress.step, progress.planned_epochs * self._order.num_batches)
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_scale"]
         with autocast(self._device.type, self._dtype):
             terms = self._parallel(batch_BHW)
         loss = terms.loss()

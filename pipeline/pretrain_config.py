@@ -19,6 +19,8 @@ class PretrainConfig:
         frames_per_epoch: Frames of an epoch; 0 means the training split once. A checkpoint ends each epoch.
         batch_size: Frames of an update over all workers.
         lr: Learning rate of Adam (Kingma & Ba 2015) between warm-up and decay.
+        encoder_lr_scale: The encoder's learning rate as a share of `lr`. One that starts where it knows much (`is_axial`)
+            is best changed slowly, while the decoder learns from nothing.
         warmup_steps: Updates over which the learning rate rises from 0.
         decay_fraction: Part of the training, at its end, over which the learning rate falls linearly.
         final_lr_fraction: What is left of the learning rate at the end.
@@ -42,6 +44,7 @@ class PretrainConfig:
     frames_per_epoch: int = 0
     batch_size: int = 64
     lr: float = 1e-3
+    encoder_lr_scale: float = 1.0
     warmup_steps: int = 100
     decay_fraction: float = 0.5
     final_lr_fraction: float = 0.05

@@ -79,6 +79,17 @@ def test_latents_are_standardised_by_the_statistics(trained):
     assert all(kl >= -1e-5 for kl in stats.kl)
 
 
+def test_an_encoder_of_rate_zero_stays_while_its_decoder_learns(dataset, tmp_path):
+    """A lone parameter that went into the wrong group, or into none, would show."""
+    once = replace(CONFIG, epochs=1, encoder_lr_scale=0.0)
+    results = {lr: train(dataset, tmp_path / str(lr), replace(once, lr=lr)) for lr in (1e-3, 1e-12)}
+    learned, idle = (load_model(result.bundle_path).state_dict() for result in results.values())
+    moved = {name for name, value in learned.items() if not torch.equal(value, idle[name])}
+    rest = {name for name in learned if not name.startswith("encoder.")}
+    assert moved >= {name for name in rest if "weight" in name or name in ("mean_frame", "raw_logvar")}
+    assert not moved - rest
+
+
 def test_the_driver_hears_every_row_in_order(trained):
     _, _, heard = trained
     losses = [step for step, values in heard if "loss" in values]

@@ -26,7 +26,6 @@ def summary(records: list[Record]) -> dict[str, Any]:
                 "seeds": [cell["seed"] for cell in cells],
                 "f1_seeds": [round(cell["f1"], 4) for cell in cells],
                 "f1": _mean(cells, "f1"),
-                "f1_standardised": _mean(cells, "f1_standardised"),
                 "f1_by_variable": _means([cell["f1_by_variable"] for cell in cells]),
                 "pretraining": _means([cell["pretraining"] for cell in cells]),
             }
@@ -46,7 +45,7 @@ def write(folder: Path, records: list[Record]) -> None:
 def tables(found: dict[str, Any]) -> str:
     """One table of rungs and games, one of variables for each game."""
     games = sorted({game for of_rung in found.values() for game in of_rung})
-    lines = ["| | " + " | ".join(games) + " | mean | scaled to variance 1 | frames/s | seconds |"]
+    lines = ["| | " + " | ".join(games) + " | mean | bits/dim | frames/s | seconds |"]
     lines += ["|---" * (len(games) + 5) + "|"]
     for name in PUBLISHED:
         scores = [published(game).get("", {}).get(name) for game in games]
@@ -56,10 +55,10 @@ def tables(found: dict[str, Any]) -> str:
         seeds = [len(of_rung[game]["seeds"]) if game in of_rung else 0 for game in games]
         cells = [_figure(score, 3) + (f" ({n})" if n > 1 else "") for score, n in zip(scores, seeds)]
         there = list(of_rung.values())
-        scaled = fmean(game["f1_standardised"] for game in there)
-        rate, seconds = (fmean(game["pretraining"][key] for game in there) for key in ("images_per_s", "seconds"))
+        keys = ("bits_per_dim", "images_per_s", "seconds")
+        bits, rate, seconds = (fmean(game["pretraining"][key] for game in there) for key in keys)
         mean = _figure(fmean(score for score in scores if score is not None), 3) if None not in scores else ""
-        lines.append(f"| {rung} | " + " | ".join(cells) + f" | {mean} | {scaled:.3f} | {rate:.0f} | {seconds:.0f} |")
+        lines.append(f"| {rung} | " + " | ".join(cells) + f" | {mean} | {bits:.2f} | {rate:.0f} | {seconds:.0f} |")
     for game in games:
         lines += _variables(game, found)
     return "\n".join(lines) + "\n"
