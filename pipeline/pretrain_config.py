@@ -19,8 +19,8 @@ class PretrainConfig:
         frames_per_epoch: Frames of an epoch; 0 means the training split once. A checkpoint ends each epoch.
         batch_size: Frames of an update over all workers.
         lr: Learning rate of Adam (Kingma & Ba 2015) between warm-up and decay.
-        encoder_lr_scale: The encoder's learning rate as a share of `lr`. One that starts where it knows much (`is_axial`)
-            is best changed slowly, while the decoder learns from nothing.
+        encoder_lr_scale: The encoder's learning rate as a share of `lr`. One that knows much from the start
+            (`is_axial`) is best changed slowly, while the decoder learns from nothing.
         warmup_steps: Updates over which the learning rate rises from 0.
         decay_fraction: Part of the training, at its end, over which the learning rate falls linearly.
         final_lr_fraction: What is left of the learning rate at the end.
