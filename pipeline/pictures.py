@@ -1,41 +1,119 @@
-"""Pictures of what an encoder has learned: reconstructions, traversals, interpolations, samples.
+"""Figures of what an encoder has learned, as files in a folder: pictures for MLflow, and strips for the page's sliders.
 
-Shapes: N frames, H height, W width, Z latent dimensions. Pixel values are levels, 0 to 255.
+reconstructions.png  traversals.png  directions.png  looks.png  interpolation.png  samples.png
+figures.json         what `Figures` holds, for the page
+strips/              the same decoder means as in the pictures, finer, side by side, grey
 """
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from PIL import Image
 
-from pipeline.models.distributions import DEQUANTISATION_MEAN, DiagonalGaussian, kl_divergence
+from pipeline.disk import write_text
+from pipeline.models.distributions import DiagonalGaussian
 from pipeline.models.latent import LatentModel
-from pipeline.plate import Pixels, Row, compose, heat
+from pipeline.plate import Pixels, Row, compose, heat, heat_over
+from pipeline.untrusted import from_record, read_json, require_inside
+from pipeline.views import (
+    SIGMAS,
+    Blend,
+    View,
+    as_pixels,
+    blends,
+    decoded,
+    direction_views,
+    latent_views,
+    posterior_of,
+    samples,
+)
 
+FIGURES_FILE = "figures.json"
+STRIPS_FOLDER = "strips"
+PICTURES = ("reconstructions", "traversals", "directions", "looks", "interpolation", "samples")
 COLUMNS = 6
 NUM_TRAVERSED = 6
-NUM_PAIRS = 2
 SAMPLE_ROWS = 3
-BATCH_SIZE = 64
-TRAVERSAL_SIGMAS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 MIN_CONTRAST_LEVELS = 8.0
 SIGMA = "\N{GREEK SMALL LETTER SIGMA}"
 
 
-@torch.inference_mode()
-def encoder_pictures(model: LatentModel, frames: Pixels, out: Path) -> list[Path]:
-    """Draws the four pictures by which a person judges an encoder.
+@dataclass(frozen=True)
+class ViewFigure:
+    """A `View` on the page. `strip`, a picture for each of `values`, `change` and `looks` are files."""
+
+    name: str
+    note: str
+    values: tuple[float, ...]
+    strip: str
+    change: str
+    looks: str
+
+
+@dataclass(frozen=True)
+class BlendFigure:
+    """A way between two frames on the page: two strips of `num_steps` pictures."""
+
+    num_steps: int
+    latents: str
+    pixels: str
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What the strips of a folder show.
+
+    Attributes:
+        source: What the frames are, in words.
+        height, width: Of a frame.
+        is_grid: Whether latents are channels of a grid.
+        latents: Units of greatest KL on these frames, the greatest first.
+        directions: In which posterior means vary most.
+        blends: Ways between two frames.
+    """
+
+    source: str
+    height: int
+    width: int
+    is_grid: bool
+    latents: tuple[ViewFigure, ...]
+    directions: tuple[ViewFigure, ...]
+    blends: tuple[BlendFigure, ...]
+
+    @classmethod
+    def read(cls, folder: Path) -> Figures | None:
+        """The figures that lie in a folder; None where there are none.
+
+        Raises:
+            UserError: Their record is damaged.
+        """
+        path = folder / FIGURES_FILE
+        if not path.is_file():
+            return None
+        figures = from_record(cls, read_json(path, str(path)), str(path))
+        views = (*figures.latents, *figures.directions)
+        names = [name for view in views for name in (view.strip, view.change, view.looks)]
+        for name in (*names, *(name for blend in figures.blends for name in (blend.latents, blend.pixels))):
+            require_inside(name, str(path))
+        return figures
+
+
+def encoder_pictures(model: LatentModel, frames: Pixels, out: Path, source: str = "") -> list[Path]:
+    """Draws what a person judges an encoder by.
 
     Args:
         model: On the CPU, trained; its training flag is as before afterwards.
         frames: (N, H, W) uint8, at least 2, better some hundreds that were held out of training.
-        out: Folder for the pictures; made when missing.
+        out: Folder for the files; made when missing.
+        source: What the frames are, in words.
 
     Returns:
-        The files reconstructions.png, traversals.png, interpolation.png and samples.png, in this order.
+        The pictures, in the order of PICTURES; strips and figures.json lie beside them.
 
     Raises:
         ValueError: Fewer than two frames, or not (N, H, W) uint8.
@@ -44,16 +122,29 @@ def encoder_pictures(model: LatentModel, frames: Pixels, out: Path) -> list[Path
         raise ValueError(f"encoder_pictures needs at least 2 frames (N, H, W) uint8: got {frames.shape} {frames.dtype}")
     was_training = model.training
     model.eval()
-    posterior = _infer(model, frames)
+    posterior = posterior_of(model, frames)
+    latents, directions = (make(model, frames, posterior) for make in (latent_views, direction_views))
+    ways = blends(model, frames, posterior)
+    under = as_pixels(frames.mean(0, dtype=np.float32))
     plates = {
         "reconstructions": _reconstructions(model, frames, posterior),
-        "traversals": _traversals(model, posterior),
-        "interpolation": _interpolation(model, frames, posterior),
+        "traversals": [_traversal(view) for view in latents[:NUM_TRAVERSED]],
+        "directions": [_traversal(view) for view in directions],
+        "looks": _looks(latents, under),
+        "interpolation": [row for way in ways for row in _blend(way)],
         "samples": _samples(model),
     }
+    is_grid = len(model.config.latent_shape) > 1
     model.train(was_training)
-    out.mkdir(parents=True, exist_ok=True)
-    return [_save(rows, out / f"{name}.png") for name, rows in plates.items()]
+    (out / STRIPS_FOLDER).mkdir(parents=True, exist_ok=True)
+    drawn = [
+        tuple(_view_figure(view, under, out, f"{kind}-{number:02d}") for number, view in enumerate(views))
+        for kind, views in (("latent", latents), ("direction", directions))
+    ]
+    between = tuple(_blend_figure(way, out, number) for number, way in enumerate(ways))
+    figures = Figures(source, *frames.shape[1:], is_grid, *drawn, between)
+    write_text(out / FIGURES_FILE, json.dumps(asdict(figures), indent=1) + "\n")
+    return [_save(plates[name], out / f"{name}.png") for name in PICTURES]
 
 
 def _save(rows: list[Row], path: Path) -> Path:
@@ -61,32 +152,40 @@ def _save(rows: list[Row], path: Path) -> Path:
     return path
 
 
-def _infer(model: LatentModel, frames: Pixels) -> DiagonalGaussian:
-    posteriors = [model.infer(batch) for batch in torch.split(torch.from_numpy(frames), BATCH_SIZE)]
-    return DiagonalGaussian(torch.cat([q.mean for q in posteriors]), torch.cat([q.logvar for q in posteriors]))
+def _view_figure(view: View, under: Pixels, out: Path, name: str) -> ViewFigure:
+    strip = _strip(view.strip, out, name)
+    change = _strip(heat(view.change, _contrast(view.change))[None], out, f"{name}-change")
+    return ViewFigure(
+        view.name, view.note, view.values, strip, change, _strip(looking(view, under)[None], out, f"{name}-looks")
+    )
 
 
-def _decode(model: LatentModel, z: torch.Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Decoder mean, as of uint8 pixels, and standard deviation for latents (N, Z): each (N, H, W) float32, levels."""
-    parts = [model.decode(batch) for batch in torch.split(z, BATCH_SIZE)]
-    mean = torch.cat([part.mean for part in parts]) - DEQUANTISATION_MEAN
-    variance = torch.cat([part.variance.expand_as(part.mean) for part in parts])
-    return mean.numpy(), variance.sqrt().numpy()
+def _blend_figure(way: Blend, out: Path, number: int) -> BlendFigure:
+    latents, pixels = _strip(way.latents, out, f"blend-{number}"), _strip(way.pixels, out, f"fade-{number}")
+    return BlendFigure(len(way.latents), latents, pixels)
 
 
-def _as_pixels(levels: NDArray[np.float32]) -> Pixels:
-    """Rounds levels to uint8, clipping what lies outside of 0 to 255."""
-    return np.clip(np.rint(levels), 0, 255).astype(np.uint8)
+def _strip(pictures: Pixels, out: Path, name: str) -> str:
+    """Saves (V, H, W) or (V, H, W, 3) side by side; the name of the file."""
+    file = f"{STRIPS_FOLDER}/{name}.png"
+    Image.fromarray(np.concatenate(list(pictures), axis=1)).save(out / file)
+    return file
+
+
+def looking(view: View, under: Pixels) -> Pixels:
+    """What a unit looks at, bright over the dimmed mean frame: (H, W, 3) uint8."""
+    top = float(np.quantile(view.looks, 0.998))
+    return heat_over(view.looks, max(top, float(view.looks.max()) / 4, 1e-12), under)
 
 
 def _reconstructions(model: LatentModel, frames: Pixels, posterior: DiagonalGaussian) -> list[Row]:
     chosen = np.linspace(0, len(frames) - 1, min(COLUMNS, len(frames))).round().astype(int)
-    mean, std = _decode(model, posterior.mean[chosen])
+    mean, std = decoded(model, posterior.mean[chosen])
     error = np.abs(frames[chosen].astype(np.float32) - mean)
     std_top, error_top = _contrast(std), _contrast(error)
     return [
         Row("Frame", list(frames[chosen])),
-        Row("Decoder mean", list(_as_pixels(mean)), note="the frame, seen through its latent"),
+        Row("Decoder mean", list(as_pixels(mean)), note="the frame, seen through its latent"),
         Row("Decoder std", [heat(cell, std_top) for cell in std], note=f"black 0, bright {std_top:.0f} levels or more"),
         Row("Error", [heat(cell, error_top) for cell in error], note=f"black 0, bright {error_top:.0f} levels or more"),
     ]
@@ -97,59 +196,32 @@ def _contrast(values: NDArray[np.float32]) -> float:
     return max(MIN_CONTRAST_LEVELS, float(np.quantile(values, 0.995)))
 
 
-def _traversals(model: LatentModel, posterior: DiagonalGaussian) -> list[Row]:
-    """Moves one dimension at a time through the range it takes on these frames, from the frame nearest to the mean."""
-    kl = kl_divergence(posterior, model.prior()).mean(0)
-    typical = (posterior.mean - posterior.mean.mean(0)).square().sum(1).argmin()
-    most_active = kl.argsort(descending=True)[:NUM_TRAVERSED].tolist()
-    return [_traversal(model, posterior, int(typical), dim, float(kl[dim])) for dim in most_active]
+def _traversal(view: View) -> Row:
+    captions = [f"{sigmas:+.0f}{SIGMA}" if sigmas else "mean" for sigmas in SIGMAS[::2]]
+    cells = [_grey_to_rgb(cell) for cell in view.strip[::2]] + [heat(view.change, _contrast(view.change))]
+    return Row(view.name, cells, note=view.note, captions=[*captions, "change"])
 
 
-def _traversal(model: LatentModel, posterior: DiagonalGaussian, base: int, dim: int, kl: float) -> Row:
-    z = posterior.mean[base].repeat(len(TRAVERSAL_SIGMAS), 1)
-    centre, spread = posterior.mean[:, dim].mean(), posterior.mean[:, dim].std()
-    z[:, dim] = centre + spread * torch.tensor(TRAVERSAL_SIGMAS)
-    mean, _ = _decode(model, z)
-    change = mean.max(0) - mean.min(0)
-    captions = [f"{sigmas:+.0f}{SIGMA}" if sigmas else "mean" for sigmas in TRAVERSAL_SIGMAS]
-    cells = [_grey_to_rgb(cell) for cell in _as_pixels(mean)] + [heat(change, _contrast(change))]
-    return Row(f"z{dim}", cells, note=f"KL {kl:.2f} nats", captions=[*captions, "change"])
+def _looks(views: list[View], under: Pixels) -> list[Row]:
+    cells, captions = [looking(view, under) for view in views], [view.name for view in views]
+    first = Row("What each looks at", cells[:COLUMNS], note="the brighter, the more", captions=captions[:COLUMNS])
+    rest = Row("", cells[COLUMNS:], captions=captions[COLUMNS:])
+    return [first, *([rest] if rest.cells else [])]
 
 
 def _grey_to_rgb(pixels: Pixels) -> Pixels:
     return np.repeat(pixels[..., None], 3, axis=-1)
 
 
-def _interpolation(model: LatentModel, frames: Pixels, posterior: DiagonalGaussian) -> list[Row]:
-    return [row for first, last in _pairs(frames) for row in _blend(model, frames, posterior, first, last)]
-
-
-def _pairs(frames: Pixels) -> list[tuple[int, int]]:
-    """Pairs of frames that differ much: each start with the frame least like it, in squared pixel difference."""
-    starts = sorted({0, len(frames) // 2})[:NUM_PAIRS]
-    flat = frames.reshape(len(frames), -1).astype(np.float32)
-    return [(start, int(np.square(flat - flat[start]).mean(1).argmax())) for start in starts]
-
-
-def _blend(model: LatentModel, frames: Pixels, posterior: DiagonalGaussian, first: int, last: int) -> list[Row]:
-    """One way from a frame to another through the latent space, and one through the pixels, COLUMNS steps each."""
-    weights = torch.linspace(0, 1, COLUMNS)[:, None]
-    through_latents, _ = _decode(model, torch.lerp(posterior.mean[first], posterior.mean[last], weights))
-    ends = frames[[first, last]].astype(np.float32)
-    steps = weights.numpy()[..., None]
-    through_pixels = (1 - steps) * ends[0] + steps * ends[1]
+def _blend(way: Blend) -> list[Row]:
     return [
-        Row("Through the latent space", list(_as_pixels(through_latents)), note="decoder mean"),
-        Row("Through the pixels", list(_as_pixels(through_pixels)), note="the two frames cross-fade"),
+        Row("Through the latent space", list(way.latents[::2]), note="decoder mean"),
+        Row("Through the pixels", list(way.pixels[::2]), note="the two frames cross-fade"),
     ]
 
 
 def _samples(model: LatentModel) -> list[Row]:
-    """Decoder means of latents drawn from the prior, always the same draws."""
-    prior = model.prior()
-    noise = torch.randn(SAMPLE_ROWS * COLUMNS, *prior.mean.shape, generator=torch.Generator().manual_seed(0))
-    mean, _ = _decode(model, prior.mean + noise * (0.5 * prior.logvar).exp())
-    cells = list(_as_pixels(mean))
+    cells = list(samples(model, SAMPLE_ROWS * COLUMNS))
     rows = [cells[first : first + COLUMNS] for first in range(0, len(cells), COLUMNS)]
     labels = ["Drawn from the prior"] + [""] * (SAMPLE_ROWS - 1)
     notes = ["decoder mean"] + [""] * (SAMPLE_ROWS - 1)

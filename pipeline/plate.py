@@ -85,6 +85,12 @@ def heat(values: NDArray[np.floating], top: float) -> Pixels:
     return np.asarray(rgba, dtype=np.uint8)[..., :3]
 
 
+def heat_over(values: NDArray[np.floating], top: float, under: Pixels) -> Pixels:
+    """The colours of `heat`, laid bright over a dimmed grey image (h, w): (h, w, 3) uint8."""
+    dimmed = (0.4 * under[..., None]).astype(np.uint16)
+    return np.minimum(heat(values, top) + dimmed, 255).astype(np.uint8)
+
+
 @cache
 def font(size: int, *, is_bold: bool = False) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which comes with matplotlib, so that a plate looks the same on every machine."""

@@ -53,6 +53,11 @@ class ModelConfig(ModelSettings):
         """(Z,), or (channels, height, width) where z is a grid over the frame; its product is `z_dim`."""
         return (self.z_dim,)
 
+    @property
+    def cell_pixels(self) -> int:
+        """Side of the square of the frame that a cell of a grid of latents stands for; 0 where z is flat."""
+        return 0
+
 
 @dataclass(frozen=True)
 class ELBO:

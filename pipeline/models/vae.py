@@ -108,6 +108,11 @@ class VAEConfig(ModelConfig, VAESettings):
             return (self.z_dim,)
         return (self.latent_channels, *grid_size(self.height, self.width, self.patch, len(self.widths) - 1))
 
+    @property
+    def cell_pixels(self) -> int:
+        """See ModelConfig."""
+        return self.patch * 2 ** (len(self.widths) - 1) if self.latent_channels else 0
+
 
 class VAE(LatentModel):
     """p(z) = N(0, I); convolutional Gaussian encoder and decoder, both with mean and variance.
