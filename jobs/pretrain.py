@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jobs.cluster import ray_session
+from jobs.figures import PICTURES_FOLDER, draw_figures, frames_to_look_at
 from jobs.metrics import Metrics
 from jobs.progress import Progress, progress
 from jobs.recipes import PretrainRecipe
@@ -18,18 +19,14 @@ from jobs.resuming import Earlier, earlier_run
 from jobs.settings import save_resolved, to_dict
 from jobs.termination import deferred
 from jobs.workspace import BUNDLE_FOLDER, CHECKPOINTS_FOLDER, RESULT_FILE, Workspace
-from pipeline.artifact import load_model
+from pipeline.card import describe
 from pipeline.disk import write_text
-from pipeline.order import ReadingOrder
-from pipeline.pictures import encoder_pictures
 from pipeline.pretrain_config import RECORD_FILE
 from pipeline.registry import Registered, Run, Tracking, check_model_name, register_encoder
 from pipeline.store import FramesDataset
-from pipeline.stream import STREAM_BYTES, sample_frames
+from pipeline.stream import STREAM_BYTES
 from pipeline.train import PretrainResult, num_steps, pretrain, resources_needed
 
-PICTURES_FOLDER = "pictures"
-NUM_PICTURED = 512
 NUM_EXAMPLES = 4
 
 
@@ -125,8 +122,7 @@ class _Session:
         """Trains, draws, registers; returns the result."""
         began = time.monotonic()
         trained = self._train(total_steps)
-        frames = self._frames()
-        self._draw(trained, frames)
+        frames = self._draw(trained)
         registered = register_encoder(
             self._run,
             trained.bundle_path,
@@ -138,6 +134,7 @@ class _Session:
             example_frames=frames[:NUM_EXAMPLES],
             dataset=self._dataset.facts(),
         )
+        describe(self._run.outbox, trained.bundle_path, trained.sha256, [])
         result = self._result(trained, registered, time.monotonic() - began)
         write_text(self._folder / RESULT_FILE, json.dumps(result, indent=1) + "\n")
         return result
@@ -157,19 +154,11 @@ class _Session:
                 is_asked_to_stop=lambda: request.is_made,
             )
 
-    def _frames(self) -> NDArray[np.uint8]:
-        """Frames to look at, held out where there are such."""
-        has_heldout = "val" in self._dataset.episodes["split"].to_pylist()
-        order = ReadingOrder.whole(self._dataset, "val" if has_heldout else "train", 1, 1)
-        frames: NDArray[np.uint8] = sample_frames(self._dataset, order, NUM_PICTURED).numpy()
+    def _draw(self, trained: PretrainResult) -> NDArray[np.uint8]:
+        frames, source = frames_to_look_at(self._dataset)
+        draw_figures(trained.bundle_path, frames, source, self._folder / PICTURES_FOLDER)
+        self._run.log_folder(self._folder / PICTURES_FOLDER, PICTURES_FOLDER)
         return frames
-
-    def _draw(self, trained: PretrainResult, frames: NDArray[np.uint8]) -> None:
-        if len(frames) < 2:
-            return
-        folder = self._folder / PICTURES_FOLDER
-        encoder_pictures(load_model(trained.bundle_path), frames, folder)
-        self._run.log_folder(folder, PICTURES_FOLDER)
 
     def _result(self, trained: PretrainResult, registered: Registered | None, seconds: float) -> dict[str, Any]:
         return {

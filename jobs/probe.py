@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jobs.encoder_place import EncoderPlace, find_encoder
 from jobs.progress import progress
 from jobs.workspace import Workspace
 from pipeline import velocity
-from pipeline.artifact import load_encoder
+from pipeline.artifact import Encoder, load_encoder
 from pipeline.atariari import published, variables
+from pipeline.card import describe
 from pipeline.errors import UserError
 from pipeline.gauges import Gauges
 from pipeline.labels import features_of, read_labels
 from pipeline.origin import load_origin, require_unseen
+from pipeline.outbox import Outbox
 from pipeline.probe import MAX_EPOCHS, probe_features, standardised
-from pipeline.registry import resolve
+from pipeline.probed import AS_THEY_ARE, PROBE_FOLDER, Probed, write_probe
+from pipeline.registry import add_to_run
 from pipeline.storage import base_name
 from pipeline.store import FramesDataset
 
@@ -33,7 +38,7 @@ def run(
     with_velocity: bool = False,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Probes an encoder.
+    """Probes an encoder and records what it finds: in a file, and with the encoder's run and versions in MLflow.
 
     Args:
         workspace: Where the registry is.
@@ -48,20 +53,39 @@ def run(
 
     Raises:
         UserError: What cannot be measured, or would say nothing.
+        TrackingPending: It is measured, but the server has not received it.
     """
     dataset = FramesDataset.open(data if "://" in data else str(Path(data).expanduser().absolute()))
     require_probe_data(dataset)
     if with_velocity and dataset.preprocess.game not in velocity.GAMES:
         raise UserError(f"--velocity is measured on {' and '.join(velocity.GAMES)}, not on {dataset.preprocess.game}")
-    resolved = resolve(encoder, workspace.tracking_uri, workspace.cache)
-    if resolved.kind != "encoder":
-        raise UserError(f"{encoder} is a {resolved.kind}, not an encoder; give the encoder's address")
-    network = load_encoder(resolved.path, preprocess=dataset.preprocess)
-    remark = require_unseen(dataset, load_origin(resolved.path))
+    place = find_encoder(encoder, workspace)
+    network = load_encoder(place.bundle, preprocess=dataset.preprocess)
+    remark = require_unseen(dataset, load_origin(place.bundle))
     dataset.require_sound_files()
-    began = time.perf_counter()
-    gauges = Gauges("probe", base_name(data), dataset.preprocess.game)
-    game = dataset.preprocess.game
+    earlier = place.probes(workspace.tracking_uri)
+    measured = _measured(network, dataset, is_standardised=is_standardised, with_velocity=with_velocity, seed=seed)
+    result = {"encoder": place.address, "encoder_sha256": place.sha256, "dataset": dataset.uri, **measured}
+    result |= {"remark": remark, "run_id": place.record.run_id if place.record else None}
+    result["record"] = str(write_probe(place.folder, result))
+    if place.record is not None:
+        say = partial(_say, place, result, earlier)
+        add_to_run(place.folder, workspace.tracking_uri, say, result, f"{result['record']} is written")
+    return result
+
+
+def _say(place: EncoderPlace, result: dict[str, Any], earlier: list[Probed], outbox: Outbox) -> None:
+    probed = Probed.of(result)
+    outbox.append("file", {"path": result["record"], "directory": PROBE_FOLDER})
+    outbox.append("metrics", {"step": probed.seed, "values": probed.metrics()})
+    describe(outbox, place.bundle, place.sha256, [*earlier, probed])
+
+
+def _measured(
+    network: Encoder, dataset: FramesDataset, *, is_standardised: bool, with_velocity: bool, seed: int
+) -> dict[str, Any]:
+    began, game = time.perf_counter(), dataset.preprocess.game
+    gauges = Gauges("probe", base_name(dataset.uri), game)
     with progress(dataset.num_frames, f"encode {game}", "frames", gauges) as bar:
         labels = read_labels(dataset, seed)
         features = features_of(dataset, network.encode, bar.advance) * network.scale + network.mean
@@ -70,13 +94,11 @@ def run(
         probed = probe_features(features, labels, seed=seed, on_epochs=bar.advance)
     moving = velocity.velocity(features, labels) if with_velocity else None
     return {
-        "encoder": resolved.uri or resolved.address,
-        "encoder_sha256": resolved.sha256,
-        "dataset": dataset.uri,
         "digest": dataset.digest,
         "game": game,
         "resolution": f"{dataset.preprocess.height}x{dataset.preprocess.width}",
-        "features": "posterior mean, standardised" if is_standardised else "posterior mean",
+        "features": f"{AS_THEY_ARE}, standardised" if is_standardised else AS_THEY_ARE,
+        "seed": seed,
         "f1": probed.f1,
         "accuracy": probed.accuracy,
         "f1_by_category": probed.f1_by_category,
@@ -91,7 +113,6 @@ def run(
         "dropped_variables": list(labels.dropped),
         **({"velocity_r2": moving.stacked, "velocity_r2_single": moving.single} if moving else {}),
         "seconds": round(time.perf_counter() - began, 1),
-        "remark": remark,
     }
 
 
@@ -125,6 +146,12 @@ def present(r: dict[str, Any]) -> str:
         if key in r:
             lines.append(f"{key.replace('_', ' ')}: {', '.join(f'{k} {v:.3f}' for k, v in r[key].items())}")
     lines.append(f"{r['features']}; {r['test_frames']} test frames of {r['resolution']}, {r['seconds']} s")
+    where = (
+        f"in MLflow with run {r['run_id']}"
+        if r["run_id"]
+        else f"in {r['record']} only: no run that made it is known here"
+    )
+    lines.append(f"recorded {where}")
     return "\n".join(f"  {line}" for line in lines) + (f"\nnote: {r['remark']}" if r["remark"] else "")
 
 

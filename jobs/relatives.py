@@ -125,7 +125,7 @@ def find_relatives(run: RunFolder, workspace: Workspace) -> Relatives:
     Raises:
         UserError: The run is of another stage.
     """
-    others = list(_newest_first(workspace.runs))
+    others = list(newest_first(workspace.runs))
     if run.record.stage == "pretrain":
         return Relatives(pretrain=run)
     if run.record.stage == "train":
@@ -137,7 +137,8 @@ def find_relatives(run: RunFolder, workspace: Workspace) -> Relatives:
     )
 
 
-def _newest_first(runs: Path) -> Iterator[RunFolder]:
+def newest_first(runs: Path) -> Iterator[RunFolder]:
+    """The runs of a home."""
     found = [RunFolder.read(path.parent) for path in runs.glob("*/run.json")]
     yield from sorted(found, key=lambda run: run.record.started_ms, reverse=True)
 

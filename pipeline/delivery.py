@@ -40,11 +40,14 @@ _FIELDS: dict[str, dict[str, type]] = {
     "dataset": {"uri": str, "name": str, "digest": str, "context": str},
     "model_input": {"name": str, "version": str},
     "register": {"name": str, "path": str, "tags": dict, "promote": bool},
+    "describe": {"sha256": str, "description": str, "tags": dict},
     "status": {"status": str},
 }
 MAX_PARAM_CHARS = 6000
 MAX_TAG_CHARS = 5000
 MAX_DATASET_DIGEST_CHARS = 36
+MAX_DESCRIPTION_CHARS = 5000
+DESCRIBED = "probe."  # what a version is tagged with after it was registered begins so
 
 OPERATION_TAG = "latentrl.operation"
 SHA256_TAG = "bundle_sha256"
@@ -73,6 +76,7 @@ class Delivery:
             "dataset": self._dataset,
             "model_input": self._model_input,
             "register": self._register,
+            "describe": self._describe,
             "status": self._status,
         }
 
@@ -179,6 +183,20 @@ class Delivery:
             "collapsed": is_collapsed(version.tags),
             "kind": body["tags"][KIND_TAG],
         }
+
+    def _describe(self, operation: Operation) -> None:
+        """Replaces the description of a bundle's versions, those that this very run has made."""
+        body = operation.body
+        if not all(key.startswith(DESCRIBED) and isinstance(value, str) for key, value in body["tags"].items()):
+            raise Refused(f"entry {operation.seq} would set tags of a version that are not {DESCRIBED}*")
+        for version in self._client.search_model_versions(f"run_id='{self.run_id}'"):
+            if version.tags.get(SHA256_TAG) != body["sha256"]:
+                continue
+            self._client.update_model_version(
+                version.name, version.version, body["description"][:MAX_DESCRIPTION_CHARS]
+            )
+            for key, value in body["tags"].items():
+                self._client.set_model_version_tag(version.name, version.version, key, value[:MAX_TAG_CHARS])
 
     def _version_made_by(self, mark: str) -> ModelVersion | None:
         found = self._client.search_model_versions(f"run_id='{self.run_id}'")

@@ -8,21 +8,37 @@ strips/              the same decoder means as in the pictures, finer, side by s
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from pipeline.disk import write_text
 from pipeline.models.distributions import DiagonalGaussian
 from pipeline.models.latent import LatentModel
-from pipeline.plate import Pixels, Row, compose, heat, heat_over
+from pipeline.plate import (
+    BACKGROUND,
+    GAP,
+    INK,
+    LABEL_SIZE,
+    MARGIN,
+    MUTED,
+    NOTE_SIZE,
+    Pixels,
+    Row,
+    compose,
+    font,
+    heat,
+    heat_over,
+)
 from pipeline.untrusted import from_record, read_json, require_inside
 from pipeline.views import (
     SIGMAS,
     Blend,
+    Unit,
     View,
     as_pixels,
     blends,
@@ -40,6 +56,8 @@ COLUMNS = 6
 NUM_TRAVERSED = 6
 SAMPLE_ROWS = 3
 MIN_CONTRAST_LEVELS = 8.0
+BARS_SIZE = (1008, 300)  # of units.png, within its margins
+ACTIVE, INACTIVE = (138, 162, 255), (90, 96, 110)
 SIGMA = "\N{GREEK SMALL LETTER SIGMA}"
 
 
@@ -137,14 +155,35 @@ def encoder_pictures(model: LatentModel, frames: Pixels, out: Path, source: str 
     is_grid = len(model.config.latent_shape) > 1
     model.train(was_training)
     (out / STRIPS_FOLDER).mkdir(parents=True, exist_ok=True)
-    drawn = [
+    drawn_latents, drawn_directions = (
         tuple(_view_figure(view, under, out, f"{kind}-{number:02d}") for number, view in enumerate(views))
         for kind, views in (("latent", latents), ("direction", directions))
-    ]
+    )
     between = tuple(_blend_figure(way, out, number) for number, way in enumerate(ways))
-    figures = Figures(source, *frames.shape[1:], is_grid, *drawn, between)
+    height, width = frames.shape[1:]
+    figures = Figures(source, height, width, is_grid, drawn_latents, drawn_directions, between)
     write_text(out / FIGURES_FILE, json.dumps(asdict(figures), indent=1) + "\n")
     return [_save(plates[name], out / f"{name}.png") for name in PICTURES]
+
+
+def units_picture(found: Sequence[Unit], out: Path) -> Path:
+    """Draws units.png: the KL of every unit as a bar, the greatest first, bright where it is active."""
+    width, height = BARS_SIZE
+    plate = Image.new("RGB", (width + 2 * MARGIN, height + 2 * MARGIN + LABEL_SIZE + 2 * GAP), BACKGROUND)
+    draw = ImageDraw.Draw(plate)
+    num_active = sum(unit.num_active for unit in found)
+    draw.text((MARGIN, MARGIN + LABEL_SIZE), "KL of every unit", INK, font(LABEL_SIZE, is_bold=True), anchor="ls")
+    num_latents, nats = sum(unit.num_latents for unit in found), sum(unit.kl for unit in found)
+    note = f"{num_active} of {num_latents} latents active, {nats:.0f} nats"
+    draw.text((plate.width - MARGIN, MARGIN + LABEL_SIZE), note, MUTED, font(NOTE_SIZE), anchor="rs")
+    top, base = max(1e-9, *(unit.kl for unit in found)), plate.height - MARGIN
+    for index, unit in enumerate(sorted(found, key=lambda unit: -unit.kl)):
+        left, right = (MARGIN + width * number / len(found) for number in (index, index + 1))
+        box = (left, base - max(2, height * unit.kl / top), max(left, right - width / len(found) * 0.2), base)
+        draw.rectangle(box, fill=ACTIVE if unit.num_active else INACTIVE)
+    path = out / "units.png"
+    plate.save(path)
+    return path
 
 
 def _save(rows: list[Row], path: Path) -> Path:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import server
+from pipeline import server, trust
 from pipeline.delivery import CHAMPION
 from pipeline.errors import UserError
-from pipeline.outbox import Refused
+from pipeline.outbox import Refused, Unreachable
 from pipeline.server import Address
 from pipeline.tracking import EXPERIMENT
 
@@ -92,6 +93,33 @@ class Records:
         except Refused:
             return {}
         return {alias: str(version) for alias, version in model.aliases.items()}
+
+    def aliases_of(self, version: ModelVersion) -> list[str]:
+        """The aliases that mean a version now."""
+        return sorted(alias for alias, number in self.aliases(version.name).items() if number == str(version.version))
+
+    def history(self, run_id: str, metric: str) -> list[tuple[float, float]]:
+        """(step, value) of a run's metric, in the order of its steps; of a step that was repeated, the last value."""
+        measured = self._ask(lambda: self.client.get_metric_history(run_id, metric))
+        last = {point.step: point.value for point in sorted(measured, key=lambda point: point.timestamp)}
+        return [(float(step), float(value)) for step, value in sorted(last.items())]
+
+    def artifacts(self, run_id: str, folder: str, into: Path) -> Path | None:
+        """A copy of a folder of a run's artifacts; None where it has none.
+
+        Raises:
+            UserError: They cannot be fetched, or the server names a place that is not its own.
+        """
+        run = self.run(run_id)
+        if run is None or not any(
+            file.path == folder for file in self._ask(lambda: self.client.list_artifacts(run_id))
+        ):
+            return None
+        trust.require_own_store(run.info.artifact_uri, self.address)
+        try:
+            return server.download(f"runs:/{run_id}/{folder}", into, self.address)
+        except (Refused, Unreachable) as error:
+            raise UserError(f"the {folder} of run {run_id} cannot be fetched: {error}") from None
 
     def addresses(self, name: str) -> list[str]:
         """Addresses of a registered model's champion and of its newest version, as far as there are such."""

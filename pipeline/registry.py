@@ -9,7 +9,7 @@ import logging
 import math
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ from pipeline.bundle import verify
 from pipeline.delivery import BUNDLE_DIRECTORY, BYTES_TAG, KIND_TAG, SHA256_TAG, save_served_encoder
 from pipeline.errors import TrackingPending, UserError
 from pipeline.journal import Body
-from pipeline.outbox import Unreachable, read_results
+from pipeline.outbox import Outbox, Unreachable, read_results
 from pipeline.resolve import Kind, Resolved, resolve
 from pipeline.server import ui_command
 from pipeline.tracking import (
+    CLOSE_PATIENCE_S,
     NAME_RULE,
     USABLE_NAME,
     Run,
@@ -43,6 +44,7 @@ __all__ = [
     "Resolved",
     "Run",
     "Tracking",
+    "add_to_run",
     "check_model_name",
     "register_encoder",
     "register_policy",
@@ -54,6 +56,7 @@ __all__ = [
 
 MIN_ACTIVE_FRACTION = 0.1
 REGISTER_PATIENCE_S = 15.0
+LATE_LOCK_PATIENCE_S = 20.0
 
 log = logging.getLogger(__name__)
 
@@ -199,7 +202,7 @@ def sync(folder: Path, tracking_uri: str | None = None) -> int:
     folder = folder.absolute()
     record = RunRecord.read(folder)
     address = record.address(tracking_uri)
-    outbox = open_outbox(folder, record, address, lock_wait_s=20.0)
+    outbox = open_outbox(folder, record, address, lock_wait_s=LATE_LOCK_PATIENCE_S)
     try:
         if outbox.num_pending == 0:
             return 0
@@ -211,6 +214,33 @@ def sync(folder: Path, tracking_uri: str | None = None) -> int:
             raise TrackingPending(pending_message(folder, record.uri, outbox)) from None
     finally:
         outbox.close(0.0)
+
+
+def add_to_run(
+    folder: Path, tracking_uri: str, say: Callable[[Outbox], None], result: dict[str, Any], done: str
+) -> None:
+    """Tells a run's server more after its end; status and times stay as they are.
+
+    Args:
+        folder: The run's, or another one with the run's record in it.
+        tracking_uri: As in `sync`.
+        say: Appends to the run's journal.
+        result: Of the caller's stage.
+        done: What is safe whatever happens here, for the messages.
+
+    Raises:
+        UserError: Another process is writing the run.
+        TrackingPending: The server has not received everything; it carries the result.
+    """
+    record = RunRecord.read(folder)
+    try:
+        outbox = open_outbox(folder, record, record.address(tracking_uri), lock_wait_s=LATE_LOCK_PATIENCE_S)
+    except UserError as error:
+        raise UserError(f"{done}, but {error}") from None
+    outbox.start()
+    say(outbox)
+    if outbox.close(CLOSE_PATIENCE_S) > 0:
+        raise TrackingPending(f"{done}, but {pending_message(folder, record.uri, outbox)}", result)
 
 
 def registrations(folder: Path) -> list[Registered]:

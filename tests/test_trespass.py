@@ -104,6 +104,8 @@ def test_the_journal_of_a_stranger(run: Run, client: MlflowClient, tmp_path: Pat
         ("folder", {"path": str(run.folder), "directory": "x"}),
         ("register", {**version, "path": str(tmp_path / "mine")}),
         ("register", {**version, "path": "/"}),
+        ("describe", {"sha256": "0", "description": "x", "tags": {"bundle_sha256": "1"}}),
+        ("describe", {"sha256": "0", "description": "x", "tags": {"probe.f1": 1}}),
         ("execute", {"command": "true"}),
         ("metrics", {"step": 1, "values": {"a": "b"}}),
         ("tag", {"key": ["a"], "value": "b"}),
