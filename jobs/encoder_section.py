@@ -1,12 +1,13 @@
-"""The part of a run's page that is about its encoder: numbers, curve, pictures."""
+"""The part of an agent's page that is about its encoder, and what the encoder's own page has in common with it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.relatives import Relatives, points
+from jobs.figures import PICTURES_FOLDER, absent
+from jobs.relatives import Relatives
 from jobs.workspace import BUNDLE_FOLDER
 from pipeline.artifact import load_stats
 from pipeline.charts import Chart, line_chart, number, thinned
@@ -18,8 +19,8 @@ Remarks = dict[str, list[str]]  # section of the page: sentences on what is miss
 CAPTIONS = {
     "reconstructions": (
         "Reconstructions.",
-        "Frames of the game; what the decoder makes of their latents; how unsure it is of each pixel; and how far "
-        "off it is. What is missing in the second row, the agent cannot see.",
+        "Frames of the game; what the decoder makes of their latents; how unsure it is of each pixel, where that "
+        "differs; and how far off it is. What is missing in the second row, the agent cannot see.",
     ),
     "traversals": (
         "The most active dimensions.",
@@ -51,14 +52,19 @@ def encoder_bundle(kin: Relatives) -> Path | None:
 
 
 def encoder_facts(kin: Relatives, remarks: Remarks) -> list[Fact]:
-    """What the encoder is worth, in numbers."""
+    """What the encoder of a run is worth, in numbers."""
     bundle = encoder_bundle(kin)
     if bundle is None:
         if kin.policy_config.get("mode") == "pixels":
             remarks["encoder"].append("This agent learned from pixels, without a pretrained encoder.")
-        elif kin.train or kin.pretrain:
+        elif kin.train:
             remarks["encoder"].append("This run has no finished encoder.")
         return []
+    return bundle_facts(bundle, kin.pretrain.result if kin.pretrain else {}, remarks)
+
+
+def bundle_facts(bundle: Path, known: Mapping[str, Any], remarks: Remarks) -> list[Fact]:
+    """The same of a bundle; `known` are keys of its pretraining's result."""
     stats = load_stats(bundle)
     facts = [
         Fact("active units", f"{stats.num_active} of {len(stats.active)}", "dimensions that tell frames apart"),
@@ -66,21 +72,15 @@ def encoder_facts(kin: Relatives, remarks: Remarks) -> list[Fact]:
     ]
     if stats.num_active < MIN_ACTIVE_FRACTION * len(stats.active):
         remarks["encoder"].append("This encoder has collapsed: its latents say next to nothing about a frame.")
-    return facts + (_pretrain_facts(kin.pretrain.result) if kin.pretrain else [])
+    return facts + [
+        Fact(label, number(float(known[key])), note) for key, (label, note) in FACTS.items() if known.get(key)
+    ]
 
 
-def _pretrain_facts(result: Mapping[str, Any]) -> list[Fact]:
-    return [Fact(label, number(float(result[key])), note) for key, (label, note) in FACTS.items() if result.get(key)]
-
-
-def encoder_curve(kin: Relatives) -> Chart | None:
+def encoder_curve(trained_on: list[tuple[float, float]], end: float | None) -> Chart | None:
     """Bits per dimension of the batches trained on, with the held-out value at the end as a line to compare with."""
-    if kin.pretrain is None:
-        return None
-    trained_on = points(kin.pretrain.metrics(), "bits_per_dim")
     if len(trained_on) < 2:
         return None
-    end = kin.pretrain.result.get("bits_per_dim")
     lines = [(f"held out, at the end {number(end)}", "heldout", float(end))] if end else []
     return line_chart(thinned(trained_on), "training steps", "bits/dim", lines)
 
@@ -94,8 +94,11 @@ def encoder_pictures(kin: Relatives, remarks: Remarks) -> list[Picture]:
             )
             remarks["pictures"].append(sentence)
         return []
-    folder = kin.pretrain.path / "pictures"
-    absent = [name for name in CAPTIONS if not (folder / f"{name}.png").is_file()]
-    if absent:
-        remarks["pictures"].append(f"Pretraining left no {', '.join(absent)}.")
-    return [Picture(folder / f"{name}.png", *CAPTIONS[name]) for name in CAPTIONS if name not in absent]
+    return plates(kin.pretrain.path / PICTURES_FOLDER, tuple(CAPTIONS), remarks)
+
+
+def plates(folder: Path, names: Sequence[str], remarks: Remarks) -> list[Picture]:
+    """Those of the pictures that a folder has; the others are named in the remarks."""
+    if missing := absent(folder, names):
+        remarks["pictures"].append(f"Pretraining left no {', '.join(missing)}.")
+    return [Picture(folder / f"{name}.png", *CAPTIONS[name]) for name in names if name not in missing]

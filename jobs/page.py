@@ -41,13 +41,19 @@ def page_content(run: RunFolder, kin: Relatives, workspace: Workspace) -> Report
         curve_note=f"Raw points of the games played while learning, exploration included: mean of the last "
         f"{CURVE_WINDOW} games at each point.",
         encoder_facts=encoder_facts(kin, remarks),
-        encoder_curve=encoder_curve(kin),
+        encoder_curve=_encoder_curve(kin),
         pictures=encoder_pictures(kin, remarks),
         settings=_settings(kin, remarks),
         provenance=_provenance(run, kin),
         commands=_commands(run, kin, workspace),
         remarks=remarks,
     )
+
+
+def _encoder_curve(kin: Relatives) -> Chart | None:
+    if kin.pretrain is None:
+        return None
+    return encoder_curve(points(kin.pretrain.metrics(), "bits_per_dim"), kin.pretrain.result.get("bits_per_dim"))
 
 
 def _game(kin: Relatives) -> str:
@@ -61,8 +67,6 @@ def _title(kin: Relatives) -> str:
     if kin.policy_config:
         modes = {"frozen": "played from frozen latents", "finetune": "played from finetuned latents"}
         return f"{game}, {modes.get(kin.policy_config['mode'], 'played from pixels')}"
-    if kin.pretrain:
-        return f"{game}, seen through an encoder"
     if kin.evaluation:
         return f"{game}, played by a trained agent"
     return f"{game}, learning to play" if kin.train else f"{game}, played at random"
@@ -191,7 +195,7 @@ def _stages(kin: Relatives) -> list[Fact]:
         stages.append(Fact("encoder", f"{len(stats.active)} latents", f"{stats.num_active} of them active"))
     if kin.pretrain and (uri := kin.pretrain.result.get("model_uri")):
         aliases = kin.pretrain.result.get("aliases") or []
-        stages.append(Fact("registered", uri.removeprefix("models:/"), f"in MLflow{_list(' as', aliases)}"))
+        stages.append(Fact("registered", uri.removeprefix("models:/"), f"in MLflow{listing(' as', aliases)}"))
     if kin.train and (result := kin.train.result):
         workers = len(result.get("steps_per_worker") or {})
         stages.append(Fact("Q-learning", number(result["agent_steps"]), f"agent steps, {_count(workers, 'worker')}"))
@@ -202,7 +206,7 @@ def _stages(kin: Relatives) -> list[Fact]:
     return stages if len(stages) > 1 else []
 
 
-def _list(before: str, words: list[str]) -> str:
+def listing(before: str, words: list[str]) -> str:
     return f"{before} {', '.join(words)}" if words else ""
 
 
@@ -235,13 +239,11 @@ def flat_rows(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
     """Nested settings as rows (dotted key, value as text)."""
     rows = []
     for key, value in tree.items():
-        rows += (
-            flat_rows(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", _text(value))]
-        )
+        rows += flat_rows(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", text(value))]
     return rows
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
     if value is None:
         return "none"
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
@@ -270,7 +272,7 @@ def _lineage_rows(kin: Relatives) -> list[tuple[str, str]]:
         "policy sha256": judged.get("policy_sha256") or (kin.train.bundle_sha256("policy") if kin.train else None),
         "ROM md5": kin.preprocess.get("rom_md5"),
     }
-    return [(name, _text(value)) for name, value in rows.items() if value]
+    return [(name, text(value)) for name, value in rows.items() if value]
 
 
 def _policy_address(kin: Relatives) -> str:
@@ -278,7 +280,7 @@ def _policy_address(kin: Relatives) -> str:
     return shlex.quote(str(result.get("model_uri") or result.get("policy") or kin.policy or "POLICY"))
 
 
-def _places(workspace: Workspace) -> str:
+def places(workspace: Workspace) -> str:
     """The options by which another command finds the same runs and models."""
     options = f"--home {shlex.quote(str(workspace.home))}"
     if workspace.tracking_uri != Workspace.at(str(workspace.home)).tracking_uri:
@@ -288,7 +290,7 @@ def _places(workspace: Workspace) -> str:
 
 def _commands(run: RunFolder, kin: Relatives, workspace: Workspace) -> list[Command]:
     commands = [Command("Look at all runs, metrics and models in MLflow.", ui_command(run.record.uri))]
-    home = _places(workspace)
+    home = places(workspace)
     if kin.policy:
         address = _policy_address(kin)
         commands.append(

@@ -1,48 +1,60 @@
-"""`latentrl report`: one self-contained page of a run, beside it and in MLflow."""
+"""`latentrl report`: one self-contained page of a run or an encoder, beside it and in MLflow."""
 
 from __future__ import annotations
 
+import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jobs.encoder_page import encoder_content
+from jobs.encoder_place import STAGE, EncoderPlace, find_encoder, is_encoder, place_of_run
+from jobs.figures import figures_of
 from jobs.page import page_content
 from jobs.relatives import RunFolder, find_relatives
 from jobs.workspace import Workspace
-from pipeline.errors import TrackingPending, reading
+from pipeline.card import describe
+from pipeline.errors import UserError, reading
 from pipeline.outbox import Outbox
+from pipeline.probed import Probed
+from pipeline.registry import add_to_run
 from pipeline.report import write_report
-from pipeline.tracking import CLOSE_PATIENCE_S, open_outbox, pending_message
 
 PAGE = "report.html"
 
 
-def run(workspace: Workspace, run: str) -> dict[str, Any]:
-    """Writes `report.html` into a run's folder and logs it as an artifact of the run.
+def run(workspace: Workspace, asked: str, data: str | None = None) -> dict[str, Any]:
+    """Writes `report.html` into the folder of a run or an encoder and logs it as an artifact of the run.
 
     Args:
         workspace: Where runs are.
-        run: A run folder, its name or an MLflow run id, of a train, evaluate or pretrain run.
+        asked: A run folder, its name or an MLflow run id, of a train, evaluate or pretrain run; or an encoder's
+            address.
+        data: Folder or address of frames to show an encoder at work on; those that it learned from if None.
 
     Returns:
         path: Of the page.
 
     Raises:
-        UserError: No such run, or a stage that has no page.
+        UserError: No such run or encoder, or a stage that has no page.
         TrackingPending: The page is written, but the server has not received it.
     """
-    folder = RunFolder.read(workspace.find_run(run))
+    if is_encoder(asked):
+        return _of_encoder(find_encoder(asked, workspace), workspace, data)
+    folder = RunFolder.read(workspace.find_run(asked))
     folder.record.address(workspace.tracking_uri)  # refuses before the page is made
+    if folder.record.stage == STAGE:
+        return _of_encoder(place_of_run(folder), workspace, data)
+    if data is not None:
+        raise UserError(f"--data is for an encoder's page, and {folder.name} is a run of stage {folder.record.stage}")
     path = make_page(folder, workspace)
     result = {"path": str(path)}
-    outbox = _log_artifact(folder, path, workspace)
-    if outbox.close(CLOSE_PATIENCE_S) > 0:
-        message = pending_message(folder.path, folder.record.uri, outbox)
-        raise TrackingPending(f"the page is written, but {message}", result)
+    add_to_run(folder.path, workspace.tracking_uri, partial(_log_page, path), result, "the page is written")
     return result
 
 
 def make_page(folder: RunFolder, workspace: Workspace) -> Path:
-    """Writes the page into the run's folder; contacts no server.
+    """Writes the page of a train or evaluate run into the run's folder; contacts no server.
 
     Raises:
         UserError: A stage that has no page, or a file of one of the runs that the page shows is damaged.
@@ -52,9 +64,36 @@ def make_page(folder: RunFolder, workspace: Workspace) -> Path:
         return write_report(folder.path / PAGE, page_content(folder, kin, workspace))
 
 
-def _log_artifact(folder: RunFolder, path: Path, workspace: Workspace) -> Outbox:
-    """Adds the page to a run that has ended, and leaves its status and times as they are."""
-    outbox = open_outbox(folder.path, folder.record, folder.record.address(workspace.tracking_uri))
-    outbox.start()
+def _of_encoder(place: EncoderPlace, workspace: Workspace, data: str | None) -> dict[str, Any]:
+    remarks: list[str] = []
+    pictures, is_new = figures_of(place, data, remarks)
+    probes = place.probes(workspace.tracking_uri)
+    path = make_encoder_page(place, pictures, probes, remarks, workspace)
+    result = {"path": str(path), "run_id": place.record.run_id if place.record else None}
+    if place.record is not None:
+
+        def say(outbox: Outbox) -> None:
+            _log_page(path, outbox)
+            if is_new:
+                outbox.append("folder", {"path": os.path.abspath(pictures), "directory": pictures.name})
+            describe(outbox, place.bundle, place.sha256, probes)
+
+        add_to_run(place.folder, workspace.tracking_uri, say, result, "the page is written")
+    return result
+
+
+def make_encoder_page(
+    place: EncoderPlace, pictures: Path, probes: list[Probed], remarks: list[str], workspace: Workspace
+) -> Path:
+    """Writes the page of an encoder into its folder; contacts no server. See `encoder_content`.
+
+    Raises:
+        UserError: A file that the page shows is damaged.
+    """
+    with reading(f"what the page of {place.address} shows", "restore it, or give --data DIR to draw it anew"):
+        place.folder.mkdir(parents=True, exist_ok=True)
+        return write_report(place.folder / PAGE, encoder_content(place, pictures, probes, remarks, workspace))
+
+
+def _log_page(path: Path, outbox: Outbox) -> None:
     outbox.append("file", {"path": str(path), "directory": ""})
-    return outbox

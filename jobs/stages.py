@@ -265,13 +265,24 @@ def _report(stages: Any) -> None:
     def run(o: Options) -> Result:
         from jobs import report
 
-        return report.run(workspace_of(o), o.run_name)
+        return report.run(workspace_of(o), o.asked, o.data)
 
+    details = (
+        "Self-contained; also an artifact of the run in MLflow. An encoder's page has sliders to turn its latents by,\n"
+        "and the figures of `latentrl probe`."
+    )
     p = stage(
-        stages, "report", "make one HTML page of a run", "Self-contained; also an artifact of the run in MLflow.", run,
+        stages, "report", "make one HTML page of a run or an encoder", details, run,
         lambda r: f"  report  {r['path']}", driver_cpus=lambda o: 1,
     )  # fmt: skip
-    p.add_argument("run_name", metavar="RUN", help="a run's folder, its name, or its MLflow run id")
+    p.add_argument(
+        "asked",
+        metavar="RUN_OR_ENCODER",
+        help="a run's folder, its name, or its MLflow run id; or models:/NAME@alias, models:/NAME/3, a bundle's folder",
+    )
+    p.add_argument(
+        "--data", metavar="DIR", help="frames to look at (an encoder's: those that it learned from, held out)"
+    )
     places(p, uses_ray=False)
 
 

@@ -17,6 +17,7 @@ from pipeline.bootstrap import bootstrap_interval
 WIDTH, HEIGHT = 720, 400
 LEFT, RIGHT, TOP, BOTTOM = 84, 12, 26, 64
 ROW_HEIGHT = 64
+BARS_HEIGHT, MOST_BARS = 240, 512
 NUM_TICKS = 5
 MINUS = "\N{MINUS SIGN}"
 OFF_CHART_SHARE = 1.0  # a reference line farther away than the data's own range is named, not drawn
@@ -95,6 +96,32 @@ class IntervalChart:
     bottom: int = 0
 
 
+@dataclass(frozen=True)
+class Bar:
+    """A rectangle in units, and what it says when it is pointed at."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    is_active: bool
+    title: str
+
+
+@dataclass(frozen=True)
+class BarChart:
+    """Many values beside each other, the greatest first."""
+
+    lead: str
+    ticks: list[Tick]
+    bars: list[Bar]
+    width: int = WIDTH
+    height: int = BARS_HEIGHT
+    left: int = LEFT
+    right: int = WIDTH - RIGHT
+    top: int = TOP
+
+
 def recent_mean(steps: Sequence[float], values: Sequence[float], *, window: int = 20, num_points: int = 60) -> Series:
     """Mean over the last `window` values at evenly spaced steps, with a 95% bootstrap interval.
 
@@ -143,6 +170,24 @@ def line_chart(series: Series, x_label: str, y_label: str, references: Sequence[
         _band(xs, series, y_axis),
         [Reference(label, kind, y_axis.at(v) if _is_near(v, low, high) else None) for label, kind, v in references],
     )
+
+
+def bar_chart(values: Sequence[tuple[str, float, bool]], lead: str) -> BarChart:
+    """Lays out values from 0 on as bars, at most MOST_BARS of the greatest.
+
+    Args:
+        values: (name, value, is active) of each, at least one.
+        lead: How to read it.
+    """
+    shown = sorted(values, key=lambda value: -value[1])[:MOST_BARS]
+    axis = _Axis(0.0, max(value for _, value, _ in shown), BARS_HEIGHT - 8, TOP)
+    step = (WIDTH - RIGHT - LEFT) / len(shown)
+    bars = []
+    for index, (name, value, is_active) in enumerate(shown):
+        top = min(axis.at(max(value, 0.0)), axis.at(0.0) - 1)
+        box = (round(LEFT + index * step, 2), top, round(0.8 * step, 2), round(axis.at(0.0) - top, 2))
+        bars.append(Bar(*box, is_active, f"{name}: {number(value)}"))
+    return BarChart(lead, axis.ticks(), bars)
 
 
 def interval_chart(results: Sequence[tuple[str, float, float, float]]) -> IntervalChart:

@@ -221,11 +221,15 @@ def _reconstructions(model: LatentModel, frames: Pixels, posterior: DiagonalGaus
     chosen = np.linspace(0, len(frames) - 1, min(COLUMNS, len(frames))).round().astype(int)
     mean, std = decoded(model, posterior.mean[chosen])
     error = np.abs(frames[chosen].astype(np.float32) - mean)
-    std_top, error_top = _contrast(std), _contrast(error)
+    std_top, error_top, is_one = _contrast(std), _contrast(error), float(np.ptp(std)) < 1e-3
+    spread = f"; std {std.mean():.1f} levels everywhere" if is_one else ""
+    doubt = Row(
+        "Decoder std", [heat(cell, std_top) for cell in std], note=f"black 0, bright {std_top:.0f} levels or more"
+    )
     return [
         Row("Frame", list(frames[chosen])),
-        Row("Decoder mean", list(as_pixels(mean)), note="the frame, seen through its latent"),
-        Row("Decoder std", [heat(cell, std_top) for cell in std], note=f"black 0, bright {std_top:.0f} levels or more"),
+        Row("Decoder mean", list(as_pixels(mean)), note=f"the frame, seen through its latent{spread}"),
+        *([] if is_one else [doubt]),
         Row("Error", [heat(cell, error_top) for cell in error], note=f"black 0, bright {error_top:.0f} levels or more"),
     ]
 

@@ -1,12 +1,14 @@
 """The page of a run: one HTML file with everything in it, good on a laptop and on a phone, that fetches nothing.
 
-What goes onto the page is a `ReportContent`; how it looks is in `report.html.j2`. Every text is escaped by the template
-engine, pictures are embedded, and a content security policy forbids scripts and any connection.
+What goes onto the page is a `ReportContent`; how it looks is in `report.html.j2` and `report.css`. Every text is
+escaped by the template engine, pictures are embedded, and a content security policy forbids any connection and all
+scripts but `sliders.js`, which is named by its hash and stands on pages that have something to turn.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,9 +17,10 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from pipeline.charts import Chart, IntervalChart, interval_chart, percent, score
+from pipeline.charts import BarChart, Chart, IntervalChart, interval_chart, percent, score
 from pipeline.gameplay import poster
 
+SCRIPT_FILE = "sliders.js"
 _MEDIA_TYPES = {".png": "image/png", ".gif": "image/gif", ".webp": "image/webp"}
 
 
@@ -77,6 +80,82 @@ class Command:
 
 
 @dataclass(frozen=True)
+class Strip:
+    """A PNG file with several pictures side by side, of which one is seen at a time."""
+
+    path: Path
+    num_pictures: int
+    caption: str
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Something to turn by a slider.
+
+    Attributes:
+        name: Of what is turned.
+        note: A remark on it.
+        texts: What the slider says at each of its places; as many as pictures in a strip.
+        strips: All move together.
+        stills: Shown beside them.
+    """
+
+    name: str
+    note: str
+    texts: list[str]
+    strips: list[Strip]
+    stills: list[Picture] = field(default_factory=list)
+    start: int = 0
+
+
+@dataclass(frozen=True)
+class TurnGroup:
+    """Things to turn, under a title; `is_wide` where one takes the whole width."""
+
+    title: str
+    lead: str
+    turns: list[Turn]
+    is_wide: bool = False
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Another's figure on a track: where, in percent, and its CSS class."""
+
+    kind: str
+    label: str
+    percent: float
+
+
+@dataclass(frozen=True)
+class ProbeRow:
+    """What is known of a variable: its own share as a bar, others' as marks, and the cells of the table of numbers."""
+
+    name: str
+    text: str
+    percent: float
+    marks: list[Mark]
+    cells: list[str]
+
+
+@dataclass(frozen=True)
+class ProbeTable:
+    """Probes of an encoder beside published ones; the first row is the game's.
+
+    Attributes:
+        lead: What was measured.
+        legend: (CSS class, label) of the marks.
+        columns: Of the table of numbers; the first is of names.
+        rows: One a variable.
+    """
+
+    lead: str
+    legend: list[tuple[str, str]]
+    columns: list[str]
+    rows: list[ProbeRow]
+
+
+@dataclass(frozen=True)
 class ReportContent:
     """Everything that a page shows. What is absent or went wrong is named in `remarks` and so said on the page.
 
@@ -92,11 +171,15 @@ class ReportContent:
         encoder_facts: Numbers of the encoder.
         encoder_curve: Learning curve of the encoder.
         pictures: What the encoder has learned.
+        probes: What a linear layer can read off its latents.
+        turns: What can be turned by sliders.
+        last_pictures: After those.
+        units: The KL of its units, as bars.
         settings: Resolved configurations.
         provenance: Digests, versions, run ids.
         commands: What to type next.
-        remarks: Section name (results, gameplay, curve, encoder, pictures, settings, provenance) to the sentences that
-            say what is not there, and how to get it, or what went wrong.
+        remarks: Section name (results, gameplay, curve, probes, encoder, pictures, encoder_curve, settings, provenance)
+            to the sentences that say what is not there, and how to get it, or what went wrong.
     """
 
     title: str
@@ -110,6 +193,10 @@ class ReportContent:
     encoder_facts: list[Fact] = field(default_factory=list)
     encoder_curve: Chart | None = None
     pictures: list[Picture] = field(default_factory=list)
+    probes: ProbeTable | None = None
+    turns: list[TurnGroup] = field(default_factory=list)
+    last_pictures: list[Picture] = field(default_factory=list)
+    units: BarChart | None = None
     settings: list[Table] = field(default_factory=list)
     provenance: list[Table] = field(default_factory=list)
     commands: list[Command] = field(default_factory=list)
@@ -137,8 +224,10 @@ def write_report(out: Path, content: ReportContent) -> Path:
         lstrip_blocks=True,
     )
     environment.filters |= {"score": score, "percent": percent}
+    script = (Path(__file__).parent / SCRIPT_FILE).read_text(encoding="utf-8")
+    environment.globals |= {"content": content, "embed": _embed, "still": _still}
     page = environment.get_template("report.html.j2").render(
-        content=content, intervals=_intervals(content.scores), embed=_embed, still=_still
+        intervals=_intervals(content.scores), script=Markup(script), script_hash=Markup(_policy_hash(script))
     )
     partial = out.with_name(out.name + ".partial")
     partial.write_text(page.lstrip(), encoding="utf-8")
@@ -149,6 +238,11 @@ def write_report(out: Path, content: ReportContent) -> Path:
 def _intervals(scores: list[Score]) -> IntervalChart | None:
     results = [(row.agent, row.mean_return, row.ci95_low, row.ci95_high) for row in scores]
     return interval_chart(results) if results else None
+
+
+def _policy_hash(script: str) -> str:
+    """How a content security policy names a script."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
 
 
 def _embed(path: Path) -> Markup:

@@ -113,7 +113,7 @@ def as_pixels(levels: Floats) -> Pixels:
 
 
 def latent_views(model: LatentModel, frames: Pixels, posterior: DiagonalGaussian) -> list[View]:
-    """The units of greatest KL, the greatest first, each seen from the frame that is nearest to the mean.
+    """The units of greatest KL, the greatest first, each seen from one and the same eventful frame.
 
     Args:
         model: In eval mode; its encoder must take float levels too, since gradients are taken to pixels.
@@ -139,6 +139,12 @@ def latent_views(model: LatentModel, frames: Pixels, posterior: DiagonalGaussian
     return _along(model, posterior, ways, names, notes, looks)
 
 
+def _eventful(model: LatentModel, posterior: DiagonalGaussian) -> list[int]:
+    """The frames by how much their latents tell, the median first, the most telling last: of those that show much."""
+    kl_N = kl_divergence(posterior, model.prior()).sum(1)
+    return kl_N.argsort().tolist()[len(kl_N) // 2 :]
+
+
 def direction_views(model: LatentModel, frames: Pixels, posterior: DiagonalGaussian) -> list[View]:
     """The directions in which posterior means vary most, their principal components: many latents at once.
 
@@ -161,8 +167,8 @@ def _along(
     looks: Sequence[Floats],
 ) -> list[View]:
     """Views along unit vectors (K, Z)."""
-    base = int((posterior.mean - posterior.mean.mean(0)).square().sum(1).argmin())
-    found = []
+    frames = _eventful(model, posterior)
+    base, found = frames[int(0.8 * len(frames))], []
     for way, name, note, look in zip(ways, names, notes, looks):
         along = posterior.mean @ way
         values = along.mean() + along.std() * torch.tensor(SIGMAS)
@@ -189,10 +195,13 @@ def _spread(cells: Floats, side: int, size: tuple[int, ...]) -> Floats:
 
 
 def blends(model: LatentModel, frames: Pixels, posterior: DiagonalGaussian) -> list[Blend]:
-    """Ways between pairs of frames that differ much: each start with the frame least like it in squared difference."""
-    flat = frames.reshape(len(frames), -1).astype(np.float32)
-    starts = sorted({0, len(frames) // 2})[:NUM_PAIRS]
-    ends = [int(np.square(flat - flat[start]).mean(1).argmax()) for start in starts]
+    """Ways between pairs of eventful frames: each start with the frame least like it, by squared pixel difference."""
+    left = sorted(_eventful(model, posterior))
+    starts, ends = sorted({left[0], left[len(left) // 2]})[:NUM_PAIRS], list[int]()
+    for start in starts:
+        others = [index for index in left if index not in ends] or left
+        apart = np.square(frames[others].astype(np.float32) - frames[start]).mean((1, 2))
+        ends.append(others[int(apart.argmax())])
     weights = torch.linspace(0, 1, NUM_BLENDS)[:, None]
     found = []
     for first, last in zip(starts, ends):
