@@ -114,8 +114,8 @@ def _probe_command(place: EncoderPlace, workspace: Workspace) -> str:
     size = f"{preprocess.height}x{preprocess.width}"
     make = PROBE_DATA.format(game=preprocess.game, size=size, part="probe", frames=50_000)
     return (
-        f"Not probed yet. Type: latentrl probe {shlex.quote(place.address)} --data DIR {places(workspace)}; frames for it "
-        f"come of: {make}"
+        f"Not probed yet. Type: latentrl probe {shlex.quote(place.address)} --data DIR {places(workspace)}; frames for "
+        f"it come of: {make}"
     )
 
 

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +34,7 @@ FLAGS = [
     "--remote-debugging-pipe",
 ]
 ANSWER_WITHIN_S = 60.0
+_KEYS = {"ArrowRight": {"windowsVirtualKeyCode": 39}, "ArrowLeft": {"windowsVirtualKeyCode": 37}}
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,46 @@ class Chromium:
         self, page: Path, *, width: int, height: int = 800, is_phone: bool = False, is_dark: bool = False
     ) -> Visit:
         """Opens a file as a device of that width would, in CSS pixels, and looks at it."""
+        target, session = self._open(page, width=width, height=height, is_phone=is_phone, is_dark=is_dark)
+        seen = self._call("Runtime.evaluate", session, expression=LOOK, awaitPromise=True, returnByValue=True)
+        found = seen["result"]["value"]
+        screenshot = self._screenshot(session, width, found.pop("height"))
+        requests, messages = self._requests(page), self._messages()
+        self._call("Target.closeTarget", targetId=target)
+        return Visit(requests=requests, messages=messages, screenshot=screenshot, **found)
+
+    def turn(self, page: Path, card: str, keys: Sequence[str]) -> list[tuple[bytes, str]]:
+        """Puts the focus on the slider of a card and presses keys.
+
+        Args:
+            page: The file.
+            card: Selector of the card.
+            keys: Such as "ArrowRight".
+
+        Returns:
+            Before the first key and after each: a PNG of the card's first picture, and what the slider says.
+        """
+        target, session = self._open(page, width=1280, height=800, is_phone=False, is_dark=False)
+        aim = f"(() => {{ const c = document.querySelector({json.dumps(card)}); c.querySelector('input').focus();"
+        where = (
+            "const r = c.querySelector('.strip').getBoundingClientRect(); return {x: r.x + scrollX, y: r.y + scrollY,"
+        )
+        ask = f"{aim} {where} width: r.width, height: r.height, said: c.querySelector('output').textContent}}; }})()"
+        seen = []
+        for key in ("", *keys):
+            if key:
+                for kind in ("rawKeyDown", "keyUp"):
+                    self._call("Input.dispatchKeyEvent", session, type=kind, key=key, code=key, **_KEYS[key])
+            clip = self._call("Runtime.evaluate", session, expression=ask, returnByValue=True)["result"]["value"]
+            said = clip.pop("said")
+            shot = self._call("Page.captureScreenshot", session, captureBeyondViewport=True, clip={**clip, "scale": 1})
+            seen.append((base64.b64decode(shot["data"]), said))
+        assert self._messages() == []
+        self._call("Target.closeTarget", targetId=target)
+        return seen
+
+    def _open(self, page: Path, *, width: int, height: int, is_phone: bool, is_dark: bool) -> tuple[str, str]:
+        """Loads a file in a new tab: its target's and its session's id."""
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
         session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Network", "Log", "Runtime"):
@@ -124,12 +166,7 @@ class Chromium:
         self._events.clear()
         self._call("Page.navigate", session, url=page.as_uri())
         self._wait_for("Page.loadEventFired")
-        seen = self._call("Runtime.evaluate", session, expression=LOOK, awaitPromise=True, returnByValue=True)
-        found = seen["result"]["value"]
-        screenshot = self._screenshot(session, width, found.pop("height"))
-        requests, messages = self._requests(page), self._messages()
-        self._call("Target.closeTarget", targetId=target)
-        return Visit(requests=requests, messages=messages, screenshot=screenshot, **found)
+        return target, session
 
     def _screenshot(self, session: str, width: int, height: int) -> bytes:
         clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
