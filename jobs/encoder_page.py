@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 from jobs.encoder_place import EncoderPlace
@@ -31,7 +32,7 @@ PROBE_DATA = (
 
 
 def encoder_content(
-    place: EncoderPlace, pictures: Path, probes: list[Probed], remarks: list[str], workspace: Workspace
+    place: EncoderPlace, pictures: Path, probes: list[Probed], remarks: Mapping[str, list[str]], workspace: Workspace
 ) -> ReportContent:
     """Everything that the page of an encoder shows, and what is missing on it.
 
@@ -39,11 +40,10 @@ def encoder_content(
         place: The encoder's.
         pictures: Folder with its pictures, as far as there are any.
         probes: What probes found, the oldest first.
-        remarks: On pictures that are not there.
+        remarks: On what could not be found, by section of the page.
         workspace: For the commands to type next.
     """
-    said: Remarks = defaultdict(list)
-    said["pictures"] += remarks
+    said: Remarks = defaultdict(list, {section: list(sentences) for section, sentences in remarks.items()})
     preprocess, figures = load_preprocess(place.bundle), Figures.read(pictures)
     probed = latest(probes, is_standardised=False)
     if probed is None:

@@ -46,16 +46,24 @@ class EncoderPlace:
     facts: Mapping[str, Any] = field(default_factory=dict)
     curve: list[tuple[float, float]] = field(default_factory=list)
 
+    def own_probes(self) -> list[Probed]:
+        """What is recorded of probes on this machine.
+
+        Raises:
+            UserError: A record is damaged.
+        """
+        return Probed.read_all(self.folder / PROBE_FOLDER)
+
     def probes(self, tracking_uri: str) -> list[Probed]:
         """All that is recorded of what probes found: on this machine, and with the run in MLflow.
 
         Raises:
             UserError: A record is damaged, or the server does not answer.
         """
-        here = {probed.file_name: probed for probed in Probed.read_all(self.folder / PROBE_FOLDER)}
+        here = {probed.file_name: probed for probed in self.own_probes()}
         there: dict[str, Probed] = {}
         if self.record is not None:
-            records = Records(self.record.address(tracking_uri).uri)
+            records = Records(self.record.address(tracking_uri))
             with tempfile.TemporaryDirectory() as scratch:
                 if (copies := records.artifacts(self.record.run_id, PROBE_FOLDER, Path(scratch))) is not None:
                     there = {probed.file_name: probed for probed in Probed.read_all(copies)}
@@ -81,7 +89,7 @@ def find_encoder(asked: str, workspace: Workspace) -> EncoderPlace:
     run = next((run for run in made_here if run.result.get("sha256") == resolved.sha256), None)
     if run is not None:
         return place_of_run(run)
-    own = workspace.home / "encoders" / resolved.sha256[:16]
+    own = workspace.encoders / resolved.sha256[:16]
     address, found = resolved.uri or str(resolved.path), _on_server(resolved.sha256, workspace.tracking_uri)
     if found is None:
         return EncoderPlace(resolved.path, resolved.sha256, address, own)

@@ -13,6 +13,7 @@ from pipeline.artifact import load_stats
 from pipeline.charts import Chart, line_chart, number, thinned
 from pipeline.registry import MIN_ACTIVE_FRACTION
 from pipeline.report import Fact, Picture
+from pipeline.untrusted import require_plain_entries
 
 Remarks = dict[str, list[str]]  # section of the page: sentences on what is missing or wrong
 
@@ -99,6 +100,8 @@ def encoder_pictures(kin: Relatives, remarks: Remarks) -> list[Picture]:
 
 def plates(folder: Path, names: Sequence[str], remarks: Remarks) -> list[Picture]:
     """Those of the pictures that a folder has; the others are named in the remarks."""
+    if folder.is_dir():
+        require_plain_entries(folder, f"the pictures in {folder}")
     if missing := absent(folder, names):
         remarks["pictures"].append(f"Pretraining left no {', '.join(missing)}.")
     return [Picture(folder / f"{name}.png", *CAPTIONS[name]) for name in names if name not in missing]

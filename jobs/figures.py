@@ -75,9 +75,11 @@ def _own_data(place: EncoderPlace, remarks: list[str]) -> FramesDataset | None:
     uri, origin = place.facts.get("dataset"), load_origin(place.bundle)
     digest = origin.digest if origin else place.facts.get("dataset_digest") or place.facts.get("digest")
     why = "where its training frames lie is not known here"
-    if uri:
+    if uri and "?" in str(uri):  # a run's folder may be someone else's, and must not choose a host
+        why = f"{uri} names a host of its own"
+    elif uri:
         try:
-            dataset = FramesDataset.open(uri)
+            dataset = FramesDataset.open(str(uri))
             if dataset.digest == digest:
                 return dataset
             why = f"{uri} is another dataset now than the one that it learned from"

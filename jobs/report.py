@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,12 @@ def make_page(folder: RunFolder, workspace: Workspace) -> Path:
 def _of_encoder(place: EncoderPlace, workspace: Workspace, data: str | None) -> dict[str, Any]:
     remarks: list[str] = []
     pictures, is_new = figures_of(place, data, remarks)
-    probes = place.probes(workspace.tracking_uri)
-    path = make_encoder_page(place, pictures, probes, remarks, workspace)
+    try:
+        probes, missed = place.probes(workspace.tracking_uri), ""
+    except UserError as error:
+        probes, missed = place.own_probes(), f"Probes that MLflow has on record are not shown: {error}"
+    said = {"pictures": remarks, "probes": [missed] if missed else []}
+    path = make_encoder_page(place, pictures, probes, said, workspace)
     result = {"path": str(path), "run_id": place.record.run_id if place.record else None}
     if place.record is not None:
 
@@ -76,14 +81,15 @@ def _of_encoder(place: EncoderPlace, workspace: Workspace, data: str | None) -> 
             _log_page(path, outbox)
             if is_new:
                 outbox.append("folder", {"path": os.path.abspath(pictures), "directory": pictures.name})
-            describe(outbox, place.bundle, place.sha256, probes)
+            if not missed:
+                describe(outbox, place.bundle, place.sha256, probes)
 
         add_to_run(place.folder, workspace.tracking_uri, say, result, "the page is written")
     return result
 
 
 def make_encoder_page(
-    place: EncoderPlace, pictures: Path, probes: list[Probed], remarks: list[str], workspace: Workspace
+    place: EncoderPlace, pictures: Path, probes: list[Probed], remarks: Mapping[str, list[str]], workspace: Workspace
 ) -> Path:
     """Writes the page of an encoder into its folder; contacts no server. See `encoder_content`.
 

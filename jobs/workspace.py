@@ -73,6 +73,11 @@ class Workspace:
         return self.home / "runs"
 
     @property
+    def encoders(self) -> Path:
+        """Folder with pages and probes of encoders whose pretraining is not in this home, one folder an encoder."""
+        return self.home / "encoders"
+
+    @property
     def cache(self) -> Path:
         """Folder with bundles that came from the registry."""
         return self.home / "cache"
@@ -106,7 +111,10 @@ class Workspace:
             UserError: There is none.
         """
         with contextlib.suppress(OSError, RuntimeError, ValueError):  # of a text that cannot be a path
-            places = [Path(run).expanduser().absolute(), *([self.runs / run] if "/" not in run else [])]
+            places = [
+                Path(run).expanduser().absolute(),
+                *([self.runs / run, self.encoders / run] if "/" not in run else []),
+            ]
             for candidate in places:
                 if (candidate / "run.json").is_file():
                     return candidate

@@ -34,7 +34,7 @@ from pipeline.plate import (
     heat,
     heat_over,
 )
-from pipeline.untrusted import from_record, read_json, require_inside
+from pipeline.untrusted import from_record, read_json, require_inside, require_plain_entries
 from pipeline.views import (
     SIGMAS,
     Blend,
@@ -113,6 +113,9 @@ class Figures:
         path = folder / FIGURES_FILE
         if not path.is_file():
             return None
+        for inside in (folder, folder / STRIPS_FOLDER):
+            if inside.is_dir():
+                require_plain_entries(inside, f"the figures in {inside}")
         figures = from_record(cls, read_json(path, str(path)), str(path))
         views = (*figures.latents, *figures.directions)
         names = [name for view in views for name in (view.strip, view.change, view.looks)]

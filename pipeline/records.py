@@ -30,15 +30,15 @@ class Records:
     """The records of one tracking address.
 
     Args:
-        tracking_uri: Server or sqlite file. A file that does not exist is not created.
+        where: Server or sqlite file. A file that does not exist is not created.
         experiment: Where our runs are.
 
     Raises:
         UserError: It does not answer.
     """
 
-    def __init__(self, tracking_uri: str, experiment: str = EXPERIMENT) -> None:
-        self.address = Address.parse(tracking_uri)
+    def __init__(self, where: str | Address, experiment: str = EXPERIMENT) -> None:
+        self.address = where if isinstance(where, Address) else Address.parse(where)
         self.client = server.check(self.address, may_create=False)
         found = self._ask(lambda: self.client.get_experiment_by_name(experiment))
         self.experiments: list[str] = [found.experiment_id] if found is not None else []

@@ -8,18 +8,21 @@ from pathlib import Path
 from random import Random
 
 import mutations as m
+import numpy as np
 import sealing
 from fuzz_files import make_policy
 from rl_toys import make_encoder
 from spoiling import Target, spoiler
 
-from jobs import recipes, relatives, report, settings
+from jobs import encoder_place, figures, recipes, relatives, report, settings
 from jobs.workspace import Workspace
 from pipeline import bundle, registry
+from pipeline.artifact import load_preprocess
 from pipeline.delivery import beats, is_collapsed
 from pipeline.errors import UserError
 from pipeline.journal import Journal, Operation
 from pipeline.outbox import Outbox
+from pipeline.probed import write_probe
 from pipeline.resolve import resolve
 from pipeline.server import Address
 from pipeline.storage import locate
@@ -71,6 +74,7 @@ def _make_home(folder: Path) -> None:
         RunRecord(f"{number}" * 32, "1", "sqlite:////nowhere/mlflow.db", name, stage, number + 1).write(runs / name)
         settings.save_resolved(runs / name, recipes.TRAIN_RECIPES["demo"], stage)
     make_encoder(runs / "pretrain-enc-001/bundle")
+    _make_figures(runs / "pretrain-enc-001")
     z["sha256"] = bundle.sha256_of(runs / "pretrain-enc-001/bundle")
     make_policy(runs / "train-toy-frozen-001")
     (runs / "train-toy-frozen-001/it").rename(runs / "train-toy-frozen-001/policy")
@@ -98,6 +102,15 @@ def _make_home(folder: Path) -> None:
         (runs / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+def _make_figures(run: Path) -> None:
+    preprocess = load_preprocess(run / "bundle")
+    frames = np.random.default_rng(0).integers(0, 256, (4, preprocess.height, preprocess.width), np.uint8)
+    figures.draw_figures(run / "bundle", frames, "4 frames", run / figures.PICTURES_FOLDER)
+    scores = {"f1": 0.5, "accuracy": 0.5, "f1_by_category": {"misc": 0.5}, "f1_by_variable": {"ball_x": 0.5}}
+    of = {"game": "pong", "resolution": "210x160", "features": "posterior mean", "digest": "0" * 64, "seed": 0}
+    write_probe(run, {**of, **scores, "test_frames": 9, "velocity_r2": {"dx": 0.5}})
+
+
 def _spoil_home(random: Random, folder: Path, outside: Path) -> None:
     spoil = spoiler("home/runs/*/*.json", "home/runs/*/*.yaml", "home/runs/*/*.jsonl", "home/runs/*/*/*.json")
     spoil(random, folder, outside)
@@ -109,7 +122,12 @@ def _load_home(folder: Path) -> None:
     workspace = Workspace.at(str(folder / "home"))
     for name in ("train-toy-frozen-001", "evaluate-001", "pretrain-enc-001", "2" * 32, "../runs/evaluate-001"):
         try:
-            report.make_page(relatives.RunFolder.read(workspace.find_run(name)), workspace)
+            run = relatives.RunFolder.read(workspace.find_run(name))
+            if run.record.stage == encoder_place.STAGE:
+                place = encoder_place.place_of_run(run)
+                report.make_encoder_page(place, run.path / figures.PICTURES_FOLDER, place.own_probes(), {}, workspace)
+            else:
+                report.make_page(run, workspace)
         except UserError:
             continue
 

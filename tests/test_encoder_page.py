@@ -17,6 +17,7 @@ import torch
 from chromium import Chromium
 from PIL import Image
 from probe_toys import HEIGHT, PONG, WIDTH, ball_dataset
+from registry_toys import free_port
 from test_report import SCREENS, TagCollector, require_sound
 
 import jobs.report
@@ -28,7 +29,8 @@ from pipeline import models
 from pipeline.artifact import LatentStats, save_encoder
 from pipeline.bundle import sha256_of
 from pipeline.card import describe, model_card
-from pipeline.errors import UserError
+from pipeline.errors import TrackingPending, UserError
+from pipeline.journal import read_lines
 from pipeline.models.vae import VAESettings
 from pipeline.origin import Origin
 from pipeline.pictures import Figures
@@ -231,6 +233,34 @@ def test_pages_that_cannot_be_are_refused(project: Project, tmp_path: Path, caps
         assert re.search(message, error), error
     shutil.rmtree(folder)
     shutil.rmtree(unfinished)
+
+
+def test_a_server_that_is_away_stops_no_page(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.registry.CLOSE_PATIENCE_S", 0.5)
+    workspace = Workspace.at(str(tmp_path / "home"), f"http://127.0.0.1:{free_port()}")
+    folder = shutil.copytree(project.run, workspace.runs / "pretrain-toy-001")
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**record, "uri": workspace.tracking_uri}))
+    with pytest.raises(TrackingPending, match=r"the page is written, but .* have not reached") as pending:
+        jobs.report.run(workspace, folder.name)
+    assert pending.value.result is not None
+    assert "Probes that MLflow has on record are not shown: " in Path(pending.value.result["path"]).read_text()
+    assert not any(op["kind"] == "describe" for op in read_lines(folder / "outbox.jsonl")[-4:])
+
+
+def test_a_run_of_someone_else_names_no_host_and_no_file(project: Project, tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path / "home", project.workspace.tracking_uri)
+    folder = shutil.copytree(project.run, workspace.runs / "pretrain-toy-001")
+    result = json.loads((folder / "result.json").read_text())
+    elsewhere = "s3://bucket/frames?endpoint_override=example.com"
+    (folder / "result.json").write_text(json.dumps({**result, "dataset": elsewhere}))
+    shutil.rmtree(folder / PICTURES_FOLDER)
+    assert f"{elsewhere.partition('?')[0]}" in report(project, str(folder), home=workspace.home).read_text()
+    shutil.copytree(project.run / PICTURES_FOLDER, folder / PICTURES_FOLDER)
+    (folder / PICTURES_FOLDER / "samples.png").unlink()
+    (folder / PICTURES_FOLDER / "samples.png").symlink_to("/etc/passwd")
+    with pytest.raises(UserError, match="neither a file nor a folder"):
+        report(project, str(folder), home=workspace.home)
 
 
 # --- probes

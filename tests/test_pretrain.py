@@ -307,13 +307,21 @@ def test_the_job_leaves_a_registered_model_pictures_and_a_record(dataset, tmp_pa
     from jobs.settings import to_dict
     from jobs.workspace import Workspace
     from pipeline.registry import resolve
+    from pipeline.server import Address, connect
 
     workspace = Workspace.at(str(tmp_path / "home"))
     recipe = PretrainRecipe("toy", MODEL, replace(CONFIG, epochs=1))
     result = job.run(workspace, recipe, dataset.uri, "toy-encoder")
     folder = Path(result["run_folder"])
     assert json.loads((folder / "result.json").read_text()) == result
-    assert len(list((folder / "pictures").glob("*.png"))) == 4
+    assert len(list((folder / "pictures").glob("*.png"))) == 7
+    client = connect(Address.parse(workspace.tracking_uri))
+    there = {file.path for file in client.list_artifacts(result["run_id"], "pictures")}
+    assert {"pictures/figures.json", "pictures/looks.png", "pictures/units.png", "pictures/strips"} <= there
+    card = client.get_model_version("toy-encoder", result["version"]).description
+    assert card.startswith((folder / "bundle" / "README.md").read_text().rstrip()[:200])
+    assert "Not probed yet" in card
+    assert client.get_run(result["run_id"]).data.tags["mlflow.note.content"] == card
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 4 + 1
     assert resolve(result["model_uri"], workspace.tracking_uri, workspace.cache).sha256 == result["sha256"]
     assert result["num_train_workers"] == 1
