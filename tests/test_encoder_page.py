@@ -89,6 +89,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
         run.log_dataset(data.facts(), "pretrain")
         for step in range(5):
             run.log_metrics({"bits_per_dim": 3.0 - 0.5 * step}, step * 10)
+        draw_figures(bundle, *frames_to_look_at(data), folder / PICTURES_FOLDER)
+        run.log_folder(folder / PICTURES_FOLDER, PICTURES_FOLDER)
         made = register_encoder(
             run, bundle, "toy", bits_per_dim=1.25, active_fraction=5 / 6, has_heldout=True, dataset=data.facts()
         )
@@ -240,12 +242,13 @@ def test_a_server_that_is_away_stops_no_page(project: Project, tmp_path: Path, m
     workspace = Workspace.at(str(tmp_path / "home"), f"http://127.0.0.1:{free_port()}")
     folder = shutil.copytree(project.run, workspace.runs / "pretrain-toy-001")
     record = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps({**record, "uri": workspace.tracking_uri}))
+    (folder / "run.json").write_text(json.dumps({**record, "uri": workspace.tracking_uri, "run_id": "0" * 32}))
+    before = len(read_lines(folder / "outbox.jsonl"))
     with pytest.raises(TrackingPending, match=r"the page is written, but .* have not reached") as pending:
         jobs.report.run(workspace, folder.name)
     assert pending.value.result is not None
     assert "Probes that MLflow has on record are not shown: " in Path(pending.value.result["path"]).read_text()
-    assert not any(op["kind"] == "describe" for op in read_lines(folder / "outbox.jsonl")[-4:])
+    assert [entry["kind"] for entry in read_lines(folder / "outbox.jsonl")[before:]] == ["file"]
 
 
 def test_a_run_of_someone_else_names_no_host_and_no_file(project: Project, tmp_path: Path) -> None:
