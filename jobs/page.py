@@ -310,4 +310,6 @@ def _commands(run: RunFolder, kin: Relatives, workspace: Workspace) -> list[Comm
             f"--num-env-runners 1 {home}"
         )
         commands.append(Command("Train an agent on this encoder for longer.", line))
+        look = f"latentrl report {shlex.quote(encoder)} {home}"
+        commands.append(Command("Look at the encoder: turn its latents, see what it knows.", look))
     return commands

@@ -59,4 +59,4 @@ def _row(variable: str, probed: Probed, others: Sequence[Probed], methods: Seque
     marks = [Mark(method, f"{METHODS[method]} {f1:.2f}", round(100 * f1, 1)) for method, f1 in there.items()]
     cells = ["" if f1 is None else f"{f1:.2f}" for f1 in (*figures, *(there.get(method) for method in methods))]
     percent = round(100 * min(max(figures[0] or 0.0, 0.0), 1.0), 1)
-    return ProbeRow(variable.replace("_", " ") or "all, by category", cells[0], percent, marks, cells)
+    return ProbeRow(variable.replace("_", " ") or "all (by category)", cells[0], percent, marks, cells)

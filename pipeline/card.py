@@ -57,8 +57,8 @@ def _heading(probed: Probed) -> str:
     moving = ", ".join(f"{name} {r2:.2f}" for name, r2 in (probed.velocity_r2 or {}).items())
     return (
         f"Linear probes for the state of {probed.game} on {probed.test_frames} test frames of {probed.resolution}, "
-        "weighted F1; published figures (arXiv:1906.08226) are of 210x160. The scale of features decides much of such a "
-        "score: read it beside that of the same network untrained, too (docs/probe.md)."
+        "weighted F1; published figures (arXiv:1906.08226) are of 210x160. The scale of features decides much of such "
+        "a score: read it beside that of the same network untrained, too (docs/probe.md)."
         + (f" Velocity of the ball, R2: {moving}." if moving else "")
         + f"\n\n| | here | {' | '.join(SHOWN_METHODS)} |\n|---{'|---' * (len(SHOWN_METHODS) + 1)}|\n"
     )

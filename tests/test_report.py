@@ -144,6 +144,7 @@ def test_page_of_a_training_is_complete_on_every_screen(project: Project, browse
         assert text in visit.text
     for text in ("models:/toy/3", "6 of 8", "1.13", "MLflow runs", "--home", "train.lr"):
         assert text in visit.text
+    assert "latentrl report models:/toy/3 --home" in visit.text
     assert "has not been" not in visit.text
     assert len(visit.screenshot) > 50_000
 
