@@ -253,7 +253,9 @@ def test_this_checkout_is_small_and_whole() -> None:
     assert root is not None
     with packed(root) as package:
         assert {"jobs/cli.py", "pyproject.toml", "constraints.txt"} <= package.files
-        assert {f"pipeline/{path.name}" for path in (root / "pipeline").glob("*.j2")} <= package.files
+        page = [path for ending in ("j2", "css", "js") for path in (root / "pipeline").glob(f"*.{ending}")]
+        assert len(page) >= 5
+        assert {f"pipeline/{path.name}" for path in page} <= package.files
         assert not any(name.endswith((".parquet", ".db", ".env")) for name in package.files)
         assert package.num_bytes < 10 << 20
 
