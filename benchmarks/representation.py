@@ -124,7 +124,9 @@ def run(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
 
 def _said(*arguments: str) -> dict[str, Any]:
     """What a command of ours says in JSON."""
-    done = subprocess.run(["latentrl", *arguments], stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.cli", *arguments], stdout=subprocess.PIPE, text=True, check=False
+    )
     if done.returncode:
         sys.exit(f"latentrl {' '.join(arguments)} ended with code {done.returncode}")
     said: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
