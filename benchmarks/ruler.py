@@ -26,8 +26,8 @@ from atariari.rows import STANDARDISED, Cell, measure
 from pipeline.store import FramesDataset
 
 GAMES = ("pong", "breakout", "boxing", "spaceinvaders", "tennis")
-ROWS = ("majority", "random", "pixels", "pca", "untrained", "vae", "supervised")
-LEARNS = ("pca", "untrained", "vae")
+ROWS = ("majority", "random", "pixels", "pca", "vae", "supervised")
+LEARNS = ("pca", "vae")
 ROWS_HELP = f"{', '.join(ROWS)}, or bundles; {STANDARDISED} behind one scales its features"
 KEPT = Path(__file__).resolve().parent.parent / "docs" / "results" / "ruler"
 

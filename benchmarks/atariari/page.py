@@ -12,7 +12,7 @@ from atariari.rows import PUBLISHED
 from pipeline.atariari import published
 
 ALLOWED = 0.03
-ORDER = ("majority", "random", "random+std", "untrained", "pixels", "pixels+std", "pca", "pca+std", "vae", "supervised")
+ORDER = ("majority", "random", "random+std", "pixels", "pixels+std", "pca", "pca+std", "vae", "supervised")
 
 Record = dict[str, Any]
 

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from atariari import training
 from atariari.networks import PublishedEncoder
-from jobs.recipes import PRETRAIN_RECIPES
-from pipeline import models
 from pipeline.artifact import load_encoder
 from pipeline.labels import features_of, read_labels
 from pipeline.order import ReadingOrder
@@ -37,8 +35,8 @@ class Cell:
     """A row of the table for one game.
 
     Attributes:
-        row: majority, random, pixels, pca, vae, supervised, untrained (our recipe `probe` before its first update), or
-            the folder of an encoder bundle; with STANDARDISED behind it, features are scaled to variance 1 each.
+        row: majority, random, pixels, pca, vae, supervised, or the folder of an encoder bundle; with STANDARDISED
+            behind it, features are scaled to variance 1 each.
         game: The benchmark's name.
         probe: Digest of the dataset that is probed.
         pretrain: Digest of the dataset that is learned from; "" where nothing is.
@@ -95,21 +93,12 @@ def _encoding(cell: Cell, pretrain: FramesDataset | None) -> Callable[[Tensor], 
         return PublishedEncoder().eval()
     if kind == "pixels":
         return lambda frames: F.adaptive_avg_pool2d(frames[:, None].float() / 255, PIXELS).flatten(1)
-    if kind in ("pca", "untrained"):
+    if kind == "pca":
         assert pretrain is not None
         frames = sample_frames(pretrain, ReadingOrder.whole(pretrain, "train", 1, 1), SAMPLED_FRAMES)
-        return _principal_components(frames) if kind == "pca" else _untrained(frames, cell.seed)
+        return _principal_components(frames)
     encoder = load_encoder(kind)
     return lambda frames: encoder.encode(frames) * encoder.scale + encoder.mean
-
-
-def _untrained(frames: Tensor, seed: int) -> Callable[[Tensor], Tensor]:
-    """Posterior means of the model of our recipe, with what it takes from data before its first update."""
-    torch.manual_seed(seed)
-    recipe = PRETRAIN_RECIPES["probe"]
-    model = models.build(recipe.model.for_frames(*frames.shape[1:]))
-    model.initialise(frames[: recipe.train.monitor_frames])
-    return model.eval().features
 
 
 def _principal_components(frames: Tensor) -> Callable[[Tensor], Tensor]:
