@@ -16,12 +16,12 @@ import hashlib
 import json
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from atariari import ladder
+from atariari.keeping import kept, measured_once
 from ruler import GAMES
 
 from jobs.recipes import pretrain_recipe
@@ -109,17 +109,7 @@ def measure(cell: Cell, home: Path) -> dict[str, Any]:
 
 def run(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
     """The cell's record, measured unless it is kept."""
-    path = options.results / f"{cell.name}.json"
-    if not path.is_file():
-        began = time.perf_counter()
-        found = measure(cell, options.home)
-        found["wall_s"] = round(time.perf_counter() - began, 1)
-        options.results.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(".tmp")
-        draft.write_text(json.dumps(found) + "\n")
-        draft.replace(path)
-    kept: dict[str, Any] = json.loads(path.read_text())
-    return kept
+    return measured_once(options.results / f"{cell.name}.json", lambda: measure(cell, options.home), "wall_s")
 
 
 def _said(*arguments: str) -> dict[str, Any]:
@@ -155,7 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
             for rung in options.rungs:
                 found = run(Cell(rung, game, seed, options.data), options)
                 print(f"{rung} {game} {seed}: F1 {found['f1']:.3f}", file=sys.stderr, flush=True)
-    everything = [json.loads(path.read_text()) for path in sorted(options.results.glob("*.json"))]
+    everything = kept(options.results)
     if options.write:
         ladder.write(options.write, everything)
     if options.json:

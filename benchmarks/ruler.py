@@ -15,12 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from atariari import page
+from atariari.keeping import kept, measured_once
 from atariari.rows import STANDARDISED, Cell, measure
 
 from pipeline.store import FramesDataset
@@ -35,21 +35,15 @@ KEPT = Path(__file__).resolve().parent.parent / "docs" / "results" / "ruler"
 def run(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
     """The cell's record, measured unless it is kept."""
     path = options.results / f"{Path(cell.row).name}-{cell.game}-{cell.seed}-{cell.digest}.json"
-    if path.is_file():
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
-    began = time.perf_counter()
-    probe = FramesDataset.open(str(options.data / f"{cell.game}-probe"))
-    pretrain = FramesDataset.open(str(options.data / f"{cell.game}-pretrain")) if cell.pretrain else None
-    found = {"row": Path(cell.row).name, "game": cell.game, "seed": cell.seed}
-    found |= {"datasets": {"probe": cell.probe, "pretrain": cell.pretrain}, "torch": torch.__version__}
-    found |= measure(cell, probe, pretrain, options.work)
-    found["seconds"] = round(time.perf_counter() - began, 1)
-    options.results.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(found) + "\n")
-    draft.replace(path)
-    return found
+
+    def measured() -> dict[str, Any]:
+        probe = FramesDataset.open(str(options.data / f"{cell.game}-probe"))
+        pretrain = FramesDataset.open(str(options.data / f"{cell.game}-pretrain")) if cell.pretrain else None
+        found = {"row": Path(cell.row).name, "game": cell.game, "seed": cell.seed}
+        found |= {"datasets": {"probe": cell.probe, "pretrain": cell.pretrain}, "torch": torch.__version__}
+        return found | measure(cell, probe, pretrain, options.work)
+
+    return measured_once(path, measured, "seconds")
 
 
 def cells(options: argparse.Namespace) -> list[Cell]:
@@ -84,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     for cell in cells(options):
         found = run(cell, options)
         print(f"{found['row']} {found['game']} {found['seed']}: F1 {found['f1']:.3f}", file=sys.stderr, flush=True)
-    everything = [json.loads(path.read_text()) for path in sorted(options.results.glob("*.json"))]
+    everything = kept(options.results)
     if options.write:
         page.write(options.write, everything)
     if options.json:

@@ -14,11 +14,11 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import ruler
-from atariari import page
+from atariari import keeping
 from atariari.networks import PublishedVAE, SupervisedProbe, pixels
 from atariari.training import Clocked
 
-PAGE = "# Ruler\n\nWords before.\n\n" + page.BEGIN + "\nold\n" + page.END + "\n\nWords after.\n"
+PAGE = "# Ruler\n\nWords before.\n\n" + keeping.BEGIN + "\nold\n" + keeping.END + "\n\nWords after.\n"
 
 
 def test_rows_are_measured_once_and_stand_beside_the_published(

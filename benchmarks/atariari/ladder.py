@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from atariari.page import BEGIN, END
+from atariari.keeping import Record, write_page
 from pipeline.atariari import published
 
 PUBLISHED = ("random-cnn", "vae", "st-dim", "supervised")
-
-Record = dict[str, Any]
 
 
 def summary(records: list[Record]) -> dict[str, Any]:
@@ -34,12 +31,8 @@ def summary(records: list[Record]) -> dict[str, Any]:
 
 def write(folder: Path, records: list[Record]) -> None:
     """`representation.json` with the summary, and the tables between two marks of `representation.md`."""
-    folder.mkdir(parents=True, exist_ok=True)
     found = summary(records)
-    (folder / "representation.json").write_text(json.dumps(found, indent=1) + "\n")
-    path = folder / "representation.md"
-    before, _, rest = (path.read_text() if path.is_file() else f"# The ladder\n\n{BEGIN}\n{END}\n").partition(BEGIN)
-    path.write_text(f"{before}{BEGIN}\n\n{tables(found)}\n{END}{rest.partition(END)[2]}")
+    write_page(folder, "representation", found, tables(found))
 
 
 def tables(found: dict[str, Any]) -> str:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from atariari.keeping import Record, write_page
 from atariari.rows import PUBLISHED
 from pipeline.atariari import published
 
 ALLOWED = 0.03
 ORDER = ("majority", "random", "random+std", "pixels", "pixels+std", "pca", "pca+std", "vae", "supervised")
-
-Record = dict[str, Any]
 
 
 def summary(records: list[Record]) -> dict[str, Any]:
@@ -42,15 +40,8 @@ def summary(records: list[Record]) -> dict[str, Any]:
 
 def write(folder: Path, records: list[Record]) -> None:
     """`ruler.json` with the summary, and `ruler.md`: its tables, between two marks of a page that is kept by hand."""
-    folder.mkdir(parents=True, exist_ok=True)
     found = summary(records)
-    (folder / "ruler.json").write_text(json.dumps(found, indent=1) + "\n")
-    path = folder / "ruler.md"
-    before, _, rest = (path.read_text() if path.is_file() else f"# The ruler\n\n{BEGIN}\n{END}\n").partition(BEGIN)
-    path.write_text(f"{before}{BEGIN}\n\n{tables(found)}\n{END}{rest.partition(END)[2]}")
-
-
-BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
+    write_page(folder, "ruler", found, tables(found))
 
 
 def tables(found: dict[str, Any]) -> str:
