@@ -140,15 +140,20 @@ def test_a_wait_ends_in_time_where_nothing_comes(algorithm):
     assert answers(algorithm, 1) == [(1, None)]
 
 
-def test_every_request_of_a_runner_that_dies_comes_back_as_an_error_beside_the_results_of_others(algorithm):
+def test_a_runner_that_dies_answers_with_errors_alone_and_what_else_it_was_asked_is_forgotten(algorithm):
+    """One error or one for each request: RLlib drops what is under way at a runner when it sees the first."""
     ask(algorithm, 1, lambda runner: os.kill(os.getpid(), signal.SIGKILL))
     ask(algorithm, 1, lambda runner: "never")
     ask(algorithm, 2, lambda runner: "well")
-    got = answers(algorithm, 3)
-    assert sorted(runner for runner, _ in got) == [1, 1, 2]
-    assert all(isinstance(result, ray.exceptions.RayError) for runner, result in got if runner == 1)
-    assert (2, "well") in got
+    got = answers(algorithm, 2)
+    while len({runner for runner, _ in got}) < 2 and (more := answers(algorithm, 1)):
+        got += more
+    lost = [result for runner, result in got if runner == 1]
+    assert 1 <= len(lost) <= 2
+    assert all(isinstance(result, ray.exceptions.RayError) for result in lost)
+    assert [answer for answer in got if answer[0] != 1] == [(2, "well")]
     assert algorithm.env_runner_group.healthy_env_runner_ids() == [2]
+    assert not algorithm.env_runner_group.num_in_flight_async_reqs("test")
 
 
 def test_the_rank_the_sequence_number_and_the_iteration_are_what_rllib_goes_by(algorithm):
