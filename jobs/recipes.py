@@ -51,7 +51,7 @@ _GRID = VAESettings(latent_channels=8, widths=(32, 32))
 _FLAT = VAESettings(z_dim=256, widths=(64, 64))
 # What moves is read off rows and columns, from their principal components on, and what is rare counts.
 _AXIAL = VAESettings(z_dim=256, patch=5, widths=(32,), num_blocks=1, is_axial=True, rarity=0.5, variance="pixel")
-_VAE = PretrainRecipe("vae", _GRID, PretrainConfig(epochs=5))
+_VAE = PretrainRecipe("vae", _AXIAL, PretrainConfig(epochs=5, precision="auto", encoder_lr_scale=0.3))
 _DQN = TrainRecipe("dqn", QConfig(), DQNSettings(), _GRID)
 # Distributions of long returns learn more of an agent step.
 _DEMO = TrainRecipe(
@@ -67,11 +67,10 @@ _DEMO = TrainRecipe(
     ),
     _GRID,
 )
-# An update on latents is cheap: one for every agent step, and a convolution, where agent steps are what is dear.
+# An update on latents is cheap: one for every agent step, where agent steps are what is dear.
 _EFFICIENT = replace(
     _DEMO,
     name="efficient",
-    q=replace(_DEMO.q, grid_channels=32),
     train=replace(_DEMO.train, updates_per_agent_step=1.0, target_update_updates=2_000),
 )
 
@@ -79,21 +78,15 @@ PRETRAIN_RECIPES = {
     recipe.name: recipe
     for recipe in (
         _VAE,
-        replace(_VAE, name="flat", model=_FLAT, train=PretrainConfig(epochs=20)),
-        replace(_VAE, name="beta-vae", model=replace(_FLAT, beta=4.0), train=PretrainConfig(epochs=20)),
+        PretrainRecipe("grid", _GRID, PretrainConfig(epochs=5)),
+        PretrainRecipe("flat", _FLAT, PretrainConfig(epochs=20)),
+        PretrainRecipe("beta-vae", replace(_FLAT, beta=4.0), PretrainConfig(epochs=20)),
         replace(_VAE, name="demo"),
         # For AtariARI's ruler (`latentrl probe`): any game at 210x160, at most 256 latents, 8 minutes on 2 cores.
-        PretrainRecipe(
-            "probe",
-            _AXIAL,
-            PretrainConfig(
-                epochs=100,
-                frames_per_epoch=25_600,
-                max_seconds=430,
-                precision="auto",
-                monitor_frames=4096,
-                encoder_lr_scale=0.3,
-            ),
+        replace(
+            _VAE,
+            name="probe",
+            train=replace(_VAE.train, epochs=100, frames_per_epoch=25_600, max_seconds=430, monitor_frames=4096),
         ),
     )
 }

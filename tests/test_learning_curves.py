@@ -15,7 +15,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import learning  # noqa: E402
 from curves import keep, page  # noqa: E402
-from curves.arms import TASKS, Arm, Cell, Task  # noqa: E402
+from curves.arms import ENCODER_TASKS, TASKS, Arm, Cell, Task, plain  # noqa: E402
 from curves.rally import CELL_PIXELS, CELLS, rally_factory, rally_preprocess  # noqa: E402
 from peers.running import CellFailed  # noqa: E402
 
@@ -27,7 +27,7 @@ def test_arms_are_run_once_and_make_a_page(
 ) -> None:
     arms = {"sb3": TASKS["rally"].arms["sb3"], "pixels": TASKS["rally"].arms["pixels"]}
     tiny = {name: Arm(arm.what, arm.mode, {**arm.train, **TINY}, arm.q) for name, arm in arms.items()}
-    monkeypatch.setitem(TASKS, "rally", Task(900, 1, tiny, window=3))
+    monkeypatch.setitem(TASKS, "rally", Task(900, 1, tiny, window=3, game="rally"))
     arguments = ["--task", "rally", "--results", str(tmp_path / "kept"), "--work", str(tmp_path / "work"), "--json"]
     arguments += ["--write", str(tmp_path / "page")]
     assert learning.main(arguments) == 0
@@ -70,6 +70,37 @@ def test_a_cell_is_found_by_all_that_decides_it(tmp_path: Path, monkeypatch: pyt
     for other in (Cell.of("rally", "pixels", 1), Cell.of("rally", "sb3", 0), Cell.of("pong", "frozen", 0)):
         assert kept.find(other) is None
     assert page.summary(page.gather(kept))["rally"]["pixels"]["last_games"]["by_seed"] == [1.0]
+
+
+def test_a_run_kept_before_a_setting_was_added_is_found_unless_the_setting_was_changed(tmp_path: Path) -> None:
+    kept, cell = keep.Kept(tmp_path, tmp_path), Cell.of("pong", "efficient", 0)
+
+    def write(changes: dict[str, Any], dropped: str) -> None:
+        configuration = plain(cell.configuration)
+        configuration["recipe"]["train"].pop(dropped)
+        configuration["recipe"]["train"] |= changes
+        record = {"configuration": configuration, "result": {"updates": 4}}
+        (tmp_path / "pong-efficient-0-old.json").write_text(json.dumps(record))
+
+    write({}, "priority_alpha")  # at its default
+    assert kept.find(cell) == {"updates": 4}
+    for changes, dropped in (({"lr": 0.5}, "priority_alpha"), ({}, "n_step"), ({"gone": 1}, "priority_alpha")):
+        write(changes, dropped)
+        assert kept.find(cell) is None
+
+
+def test_the_gain_of_an_encoder_is_that_of_pairs_in_human_scores() -> None:
+    def run(score: float) -> dict[str, Any]:
+        return {"greedy": [score - 1, score + 1]}
+
+    runs = {
+        "encoders-pong": {"axial": {0: run(14.6), 1: run(-20.7)}, "grid": {0: run(-20.7), 1: run(-20.7), 2: run(9.0)}},
+        "encoders-breakout": {"axial": {0: run(16.1)}, "grid": {0: run(1.7)}},
+    }
+    found = page.gain(runs, "axial", "grid", ENCODER_TASKS)  # 1, 0 and 0.5
+    assert (found["pairs"], found["mean"]) == (3, 0.5)
+    assert found["high"] - 0.5 == pytest.approx(0.5 / np.sqrt(3) * 4.303, abs=2e-3)  # t of 2 degrees of freedom
+    assert found["low"] + found["high"] == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("name", list(TASKS))

@@ -13,7 +13,7 @@ from typing import Any
 
 from peers.rows import AS_SB3, NATURE
 
-from jobs.recipes import TrainRecipe, train_recipe
+from jobs.recipes import PRETRAIN_RECIPES, PretrainRecipe, TrainRecipe, train_recipe
 from rllib_ext.settings import replace_known
 
 PLAIN = dict(AS_SB3["train"])  # what Stable-Baselines3's DQN does
@@ -34,6 +34,7 @@ class Arm:
         num_workers: Remote rollout workers.
         recipe: Which recipe it starts from.
         prior_frames: Random-play frames that a frozen encoder is trained on.
+        encoder: By which recipe.
     """
 
     what: str
@@ -43,6 +44,7 @@ class Arm:
     num_workers: int = 1
     recipe: str = "dqn"
     prior_frames: int = 100_000
+    encoder: str = "grid"
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,20 @@ class Task:
         seeds: How many runs of an arm.
         arms: By name.
         window: Training games that a point of a curve, and the figure at the end, is the mean of.
+        game: Its name.
     """
 
     agent_steps: int
     seeds: int
     arms: dict[str, Arm]
     window: int = 10
+    game: str = "pong"
 
+
+ENCODERS = {
+    "grid": Arm("frozen latents of a grid's cells, recipe `dqn`", "frozen"),
+    "axial": Arm("frozen latents of rows and columns, recipe `dqn`", "frozen", encoder="vae"),
+}
 
 TASKS = {
     "rally": Task(
@@ -75,6 +84,7 @@ TASKS = {
             ),
         },
         window=40,
+        game="rally",
     ),
     "pong-pixels": Task(
         100_000,
@@ -89,9 +99,19 @@ TASKS = {
         3,
         {
             "frozen": Arm("latentrl, frozen, the recipe that the speed is measured with", "frozen"),
-            "efficient": Arm("latentrl, frozen, the recipe `efficient`", "frozen", recipe="efficient"),
+            "efficient": Arm(
+                "latentrl, frozen, the recipe `efficient` and a convolution over the grid",
+                "frozen",
+                q={"grid_channels": 32},
+                recipe="efficient",
+            ),
+            "efficient-axial": Arm(
+                "latentrl, frozen, the recipe `efficient`", "frozen", recipe="efficient", encoder="vae"
+            ),
         },
     ),
+    "encoders-pong": Task(100_000, 3, ENCODERS),
+    "encoders-breakout": Task(100_000, 3, ENCODERS, game="breakout"),
     "pong-tricks": Task(
         100_000,
         3,
@@ -111,6 +131,7 @@ TASKS = {
         },
     ),
 }
+ENCODER_TASKS = ("encoders-pong", "encoders-breakout")
 
 
 @dataclass(frozen=True)
@@ -125,8 +146,13 @@ class Cell:
 
     @property
     def is_rally(self) -> bool:
-        """The small game; all other tasks are Pong."""
-        return self.task == "rally"
+        """The small game; all others are Atari's."""
+        return self.game == "rally"
+
+    @property
+    def game(self) -> str:
+        """What is played."""
+        return TASKS[self.task].game
 
     @classmethod
     def of(cls, task: str, arm: str, seed: int) -> Cell:
@@ -141,11 +167,40 @@ class Cell:
         return TrainRecipe(base.name, q, base.train.replace(**self.settings["train"]), base.model)
 
     @property
+    def encoder(self) -> PretrainRecipe | None:
+        """How the frozen encoder is made; None where there is none."""
+        return PRETRAIN_RECIPES[self.settings["encoder"]] if self.settings["mode"] == "frozen" else None
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """All that decides the run, the recipes' own settings included."""
+        run = {key: self.settings[key] for key in ("mode", "num_workers", "prior_frames")}
+        named = {"task": self.task, "arm": self.arm, "seed": self.seed, "agent_steps": self.agent_steps}
+        return {**named, **run, "recipe": self.recipe, "encoder": self.encoder}
+
+    @property
     def digest(self) -> str:
-        """Of all that decides the run, the recipe's own settings included."""
-        everything = json.dumps([self.to_json(), dataclasses.asdict(self.recipe)], sort_keys=True)
-        return hashlib.sha256(everything.encode()).hexdigest()[:12]
+        """Of the configuration."""
+        return hashlib.sha256(json.dumps(plain(self.configuration), sort_keys=True).encode()).hexdigest()[:12]
 
     def to_json(self) -> str:
         """One line."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+
+def plain(value: Any) -> Any:
+    """As JSON has it; dataclasses are objects."""
+    return json.loads(json.dumps(value, default=dataclasses.asdict))
+
+
+def is_as_kept(now: Any, kept: Any) -> bool:
+    """Whether a kept configuration is this one: settings added since then must be at their defaults."""
+    if isinstance(now, dict):
+        return set(now) == set(kept) and all(is_as_kept(now[key], kept[key]) for key in now)
+    if not dataclasses.is_dataclass(now) or kept is None:
+        return bool(plain(now) == kept)
+    fields = {field.name: field for field in dataclasses.fields(now)}
+    return set(kept) <= set(fields) and all(
+        is_as_kept(getattr(now, name), kept[name] if name in kept else plain(field.default))
+        for name, field in fields.items()
+    )

@@ -12,8 +12,7 @@ from typing import Any
 from peers.results import machine
 from peers.running import CellFailed, run_apart
 
-from curves.arms import Cell
-from jobs.settings import to_dict
+from curves.arms import Cell, is_as_kept, plain
 
 LIMIT_S = 7_200.0
 _DIGITS = 1
@@ -32,9 +31,12 @@ class Kept:
 
     def find(self, cell: Cell) -> dict[str, Any] | None:
         """What a finished run gave."""
-        path = self.path(cell)
-        result: dict[str, Any] | None = json.loads(path.read_text())["result"] if path.is_file() else None
-        return result
+        for path in sorted(self._folder.glob(f"{cell.task}-{cell.arm}-{cell.seed}-*.json")):
+            record = json.loads(path.read_text())
+            if is_as_kept(cell.configuration, record["configuration"]):
+                result: dict[str, Any] = record["result"]
+                return result
+        return None
 
     def run(self, cell: Cell) -> bool:
         """Runs the cell unless it has been run; False if it failed."""
@@ -55,8 +57,7 @@ class Kept:
     def _keep(self, cell: Cell, result: dict[str, Any]) -> None:
         result["games"] = [[int(steps), round(value, 2), round(s, _DIGITS)] for steps, value, s in result["games"]]
         record = {
-            "cell": json.loads(cell.to_json()),
-            "recipe": to_dict(cell.recipe),
+            "configuration": plain(cell.configuration),
             "torch": metadata.version("torch"),
             "machine": machine(),
             "result": result,

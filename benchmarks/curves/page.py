@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
-from curves.arms import TASKS, Arm, Cell
+from curves.arms import ENCODER_TASKS, TASKS, Arm, Cell
 from curves.keep import Kept
 from pipeline.bootstrap import bootstrap_interval
+from pipeline.scores import human_normalised
 
 Runs = dict[str, dict[str, dict[int, dict[str, Any]]]]  # task, arm, seed
 
@@ -33,6 +36,29 @@ def summary(runs: Runs) -> dict[str, dict[str, dict[str, Any]]]:
     The mean of all games, by the agent steps they took, is the area under the curve: it tells sooner who learns faster.
     """
     return {task: {arm: _summarise(task, by_seed) for arm, by_seed in arms.items()} for task, arms in runs.items()}
+
+
+def gain(runs: Runs, arm: str, over: str, tasks: Sequence[str]) -> dict[str, Any]:
+    """Human-normalised greedy score of one arm less another's: mean over games and seeds, run by run, 95% of a t."""
+    both = [(task, runs[task][arm], runs[task][over]) for task in tasks if {arm, over} <= set(runs.get(task, {}))]
+    pairs = [
+        [_greedy(task, ours[seed]), _greedy(task, theirs[seed])]
+        for task, ours, theirs in both
+        for seed in sorted(set(ours) & set(theirs))
+    ]
+    if len(pairs) < 2:
+        return {"pairs": len(pairs)}
+    differences = np.subtract(*np.array(pairs).T)
+    mean, spread = float(differences.mean()), float(stats.sem(differences))
+    margin = spread * float(stats.t.ppf(0.975, len(pairs) - 1))
+    figures = {"mean": mean, "low": mean - margin, "high": mean + margin}
+    return {"pairs": len(pairs), **{name: round(value, 3) for name, value in figures.items()}}
+
+
+def _greedy(task: str, run: dict[str, Any]) -> float:
+    score = human_normalised(TASKS[task].game, float(np.mean(run["greedy"])))
+    assert score is not None
+    return score
 
 
 def _summarise(task: str, by_seed: dict[int, dict[str, Any]]) -> dict[str, Any]:
@@ -66,11 +92,20 @@ def write(folder: Path, runs: Runs) -> None:
     """learning.md, learning.json and a plot for each task."""
     folder.mkdir(parents=True, exist_ok=True)
     figures = summary(runs)
-    (folder / "learning.json").write_text(json.dumps(figures, indent=1) + "\n")
+    axial = gain(runs, "axial", "grid", ENCODER_TASKS)
+    (folder / "learning.json").write_text(json.dumps({**figures, "axial_over_grid": axial}, indent=1) + "\n")
     for task, arms in runs.items():
         _plot(folder / f"learning-{task}.png", task, arms)
     tables = "\n".join(_table(task, arms) for task, arms in figures.items())
-    (folder / "learning-tables.md").write_text(_HEAD + tables)
+    (folder / "learning-tables.md").write_text(_HEAD + tables + _compared(axial))
+
+
+def _compared(axial: dict[str, Any]) -> str:
+    if "mean" not in axial:
+        return ""
+    interval = f"{axial['mean']:+.3f} [{axial['low']:+.3f}, {axial['high']:+.3f}]"
+    what = f"`axial` over `grid`, greedy games, human-normalised, {axial['pairs']} pairs of a game and a seed"
+    return f"\n{what}: {interval} (95%, Student's t).\n"
 
 
 def _table(task: str, arms: dict[str, dict[str, Any]]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,10 @@ from curves.arms import Cell
 from curves.rally import GymRally, rally_factory, rally_preprocess
 from jobs import collect, evaluate, pretrain, train
 from jobs.metrics import METRICS_FILE
-from jobs.recipes import PRETRAIN_RECIPES
 from jobs.workspace import Workspace
 from pipeline.errors import UserError
 from pipeline.registry import resolve
 from rllib_ext.config import LatentDQNConfig
-from rllib_ext.settings import replace_known
 
 PONG = "PongNoFrameskip-v4"  # as Stable-Baselines3's wrappers want it
 GREEDY_EPISODES = 20
@@ -65,37 +64,39 @@ def rally(cell: Cell) -> dict[str, Any]:
 
 
 def atari(cell: Cell, folder: Path) -> dict[str, Any]:
-    """Pong through the same functions as the command line: prior frames, encoder, Q-learning, whole greedy games."""
+    """A game through the same functions as the command line: prior frames, encoder, Q-learning, whole greedy games."""
     workspace = Workspace.at(str(folder))
-    mode = cell.settings["mode"]
     result = train.run(
         workspace,
         cell.recipe,
-        game="pong",
-        encoder=None if mode == "pixels" else prior_encoder(workspace, cell.settings["prior_frames"], cell.seed),
-        mode=mode,
+        game=cell.game,
+        encoder=prior_encoder(workspace, cell),
+        mode=cell.settings["mode"],
         agent_steps=cell.agent_steps,
         num_env_runners=cell.settings["num_workers"],
         seed=cell.seed,
-        register=f"pong-{cell.arm}-{cell.seed}",
+        register=f"{cell.game}-{cell.arm}-{cell.seed}",
     )
     games, seconds = read_games(Path(result["run_folder"]) / METRICS_FILE)
     greedy = evaluate.run(workspace, result["policy"], episodes=GREEDY_EPISODES, seed=cell.seed)
     return {"games": games, "seconds": seconds, "updates": result["updates"], "greedy": greedy["returns"]}
 
 
-def prior_encoder(workspace: Workspace, num_frames: int, seed: int) -> str:
-    """Address of an encoder of a random agent's frames; made where there is none yet."""
-    name = f"pong-prior-{num_frames}-{seed}"
+def prior_encoder(workspace: Workspace, cell: Cell) -> str | None:
+    """Address of the encoder of a random agent's frames, made where there is none yet; None where none is used."""
+    recipe, num_frames = cell.encoder, cell.settings["prior_frames"]
+    if recipe is None:
+        return None
+    data = f"{cell.game}-prior-{num_frames}-{cell.seed}"
+    name = f"{data}-{recipe.name}"
     address = f"models:/{name}@champion"
     try:
         resolve(address, workspace.tracking_uri, workspace.cache)
     except UserError:
-        frames = workspace.home / "frames" / name
-        collect.run(workspace, game="pong", frames=num_frames, out=str(frames), seed=seed, num_workers=2)
-        recipe = PRETRAIN_RECIPES["vae"]
-        settings = replace_known(recipe.train, {"seed": seed})
-        pretrain.run(workspace, type(recipe)(recipe.name, recipe.model, settings), str(frames), name)
+        frames = workspace.home / "frames" / data
+        if not frames.exists():
+            collect.run(workspace, game=cell.game, frames=num_frames, out=str(frames), seed=cell.seed, num_workers=2)
+        pretrain.run(workspace, replace(recipe, train=replace(recipe.train, seed=cell.seed)), str(frames), name)
     return address
 
 
