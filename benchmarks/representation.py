@@ -5,7 +5,8 @@ that was cut off goes on where it was. Labels are read of the five games that ma
 
     python benchmarks/representation.py --data DIR [--rungs probe untrained] [--games pong] [--seeds 1] [--json]
 
-DIR holds GAME-pretrain and GAME-probe (see benchmarks/ruler.py). `--write docs/results` writes the page of all that is
+DIR holds GAME-pretrain and GAME-probe (see benchmarks/ruler.py); for rungs named `small`, GAME-pretrain-84x84 and
+GAME-probe-84x84, made with `--resolution 84x84`. `--write docs/results` writes the page of all that is
 kept. Nothing else should run beside it: the time of a pretraining is limited, not its frames.
 """
 
@@ -18,7 +19,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from atariari import ladder
 from atariari.keeping import kept, measured_once
@@ -32,16 +33,30 @@ VERSION = 1  # what was measured by another is measured again
 KEPT = Path(__file__).resolve().parent.parent / "docs" / "results" / "representation"
 # One update with a learning rate of nearly nothing: what the architecture knows before it has learned.
 UNTRAINED = ("train.epochs=1", "train.frames_per_epoch=64", "train.lr=1e-12")
-RUNGS: dict[str, tuple[str, ...]] = {
-    "flat": ("model.is_axial=false", "model.rarity=0"),
-    "axial": ("model.rarity=0",),
-    "probe": (),
-    "untrained": UNTRAINED,
-    "untrained-flat": ("model.is_axial=false", *UNTRAINED),
-    "patch-10": ("model.patch=10", "model.widths=[64]", "model.num_blocks=2"),
-    "patch-3": ("model.patch=3",),
-    "global-variance": ("model.variance=global",),
-    "fast-encoder": ("train.encoder_lr_scale=1",),
+SMALL = "-84x84"  # what Q-learning sees
+
+
+class Rung(NamedTuple):
+    """A recipe of `latentrl pretrain`, what is changed in it, and how the folders of its frames end."""
+
+    changes: tuple[str, ...] = ()
+    recipe: str = "probe"
+    suffix: str = ""
+
+
+RUNGS = {
+    "flat": Rung(("model.is_axial=false", "model.rarity=0")),
+    "axial": Rung(("model.rarity=0",)),
+    "probe": Rung(),
+    "untrained": Rung(UNTRAINED),
+    "untrained-flat": Rung(("model.is_axial=false", *UNTRAINED)),
+    "patch-10": Rung(("model.patch=10", "model.widths=[64]", "model.num_blocks=2")),
+    "patch-3": Rung(("model.patch=3",)),
+    "global-variance": Rung(("model.variance=global",)),
+    "fast-encoder": Rung(("train.encoder_lr_scale=1",)),
+    "small": Rung(recipe="vae", suffix=SMALL),
+    "small-untrained": Rung(UNTRAINED, recipe="vae", suffix=SMALL),
+    "small-grid": Rung(recipe="grid", suffix=SMALL),
 }
 SAID = ("bits_per_dim", "active_units", "z_dim", "images_per_s", "seconds")
 
@@ -65,19 +80,19 @@ class Cell:
     @property
     def overrides(self) -> tuple[str, ...]:
         """What `--set` is given."""
-        return (*RUNGS[self.rung], f"train.seed={self.seed}")
+        return (*RUNGS[self.rung].changes, f"train.seed={self.seed}")
 
     @property
     def record(self) -> dict[str, Any]:
         """All that the figures depend on but the code and the machine."""
-        recipe = pretrain_recipe("probe", overrides=self.overrides)
+        recipe = pretrain_recipe(RUNGS[self.rung].recipe, overrides=self.overrides)
         datasets = {part: FramesDataset.open(str(self.folder(part))).digest for part in ("pretrain", "probe")}
         record: dict[str, Any] = json.loads(json.dumps(to_dict(recipe)))
         return {"version": VERSION, "game": self.game, "datasets": datasets, "recipe": record}
 
     def folder(self, part: str) -> Path:
         """Of a dataset."""
-        return self.data / f"{self.game}-{part}"
+        return self.data / f"{self.game}-{part}{RUNGS[self.rung].suffix}"
 
     @property
     def name(self) -> str:
@@ -92,7 +107,7 @@ def measure(cell: Cell, home: Path) -> dict[str, Any]:
     sets = [argument for override in cell.overrides for argument in ("--set", override)]
     places = ["--home", str(home), "--json"]
     data = ["--data", str(cell.folder("pretrain"))]
-    trained = _said("pretrain", "probe", *data, "--register", model, *sets, *places)
+    trained = _said("pretrain", RUNGS[cell.rung].recipe, *data, "--register", model, *sets, *places)
     probe = ["probe", f"models:/{model}@latest", "--data", str(cell.folder("probe")), *places]
     raw = _said(*probe)
     return {

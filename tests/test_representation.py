@@ -39,8 +39,9 @@ def test_a_cell_is_measured_once_by_the_commands_that_users_run(
 
 
 def test_cells_differ_by_what_their_figures_depend_on(tmp_path: Path) -> None:
-    ball_dataset(tmp_path / "pong-probe", [90] * 5)
-    ball_dataset(tmp_path / "pong-pretrain", [90] * 5, emulator_seed=2)
+    for size in ("", representation.SMALL):
+        ball_dataset(tmp_path / f"pong-probe{size}", [90] * 5)
+        ball_dataset(tmp_path / f"pong-pretrain{size}", [90] * 5, emulator_seed=2)
     cells = [representation.Cell(rung, "pong", seed, tmp_path) for rung in representation.RUNGS for seed in (0, 1)]
     digests = {cell.name.rsplit("-", 1)[1] for cell in cells}
     assert len(digests) == len(cells)
