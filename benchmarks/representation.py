@@ -54,9 +54,9 @@ RUNGS = {
     "patch-3": Rung(("model.patch=3",)),
     "global-variance": Rung(("model.variance=global",)),
     "fast-encoder": Rung(("train.encoder_lr_scale=1",)),
-    "small": Rung(recipe="vae", suffix=SMALL),
-    "small-untrained": Rung(UNTRAINED, recipe="vae", suffix=SMALL),
-    "small-grid": Rung(recipe="grid", suffix=SMALL),
+    "small": Rung(recipe="axial", suffix=SMALL),
+    "small-untrained": Rung(UNTRAINED, recipe="axial", suffix=SMALL),
+    "small-grid": Rung(recipe="vae", suffix=SMALL),
 }
 SAID = ("bits_per_dim", "active_units", "z_dim", "images_per_s", "seconds")
 

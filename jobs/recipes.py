@@ -51,7 +51,9 @@ _GRID = VAESettings(latent_channels=8, widths=(32, 32))
 _FLAT = VAESettings(z_dim=256, widths=(64, 64))
 # What moves is read off rows and columns, from their principal components on, and what is rare counts.
 _AXIAL = VAESettings(z_dim=256, patch=5, widths=(32,), num_blocks=1, is_axial=True, rarity=0.5, variance="pixel")
-_VAE = PretrainRecipe("vae", _AXIAL, PretrainConfig(epochs=5, precision="auto", encoder_lr_scale=0.3))
+_VAE = PretrainRecipe("vae", _GRID, PretrainConfig(epochs=5))
+# The better representation, and for Q-learning no better than the grid (docs/results/learning.md).
+_ROWS_AND_COLUMNS = PretrainRecipe("axial", _AXIAL, PretrainConfig(epochs=5, precision="auto", encoder_lr_scale=0.3))
 _DQN = TrainRecipe("dqn", QConfig(), DQNSettings(), _GRID)
 # Distributions of long returns learn more of an agent step.
 _DEMO = TrainRecipe(
@@ -67,10 +69,11 @@ _DEMO = TrainRecipe(
     ),
     _GRID,
 )
-# An update on latents is cheap: one for every agent step, where agent steps are what is dear.
+# An update on latents is cheap: one for every agent step, and a convolution, where agent steps are what is dear.
 _EFFICIENT = replace(
     _DEMO,
     name="efficient",
+    q=replace(_DEMO.q, grid_channels=32),
     train=replace(_DEMO.train, updates_per_agent_step=1.0, target_update_updates=2_000),
 )
 
@@ -78,15 +81,17 @@ PRETRAIN_RECIPES = {
     recipe.name: recipe
     for recipe in (
         _VAE,
-        PretrainRecipe("grid", _GRID, PretrainConfig(epochs=5)),
+        _ROWS_AND_COLUMNS,
         PretrainRecipe("flat", _FLAT, PretrainConfig(epochs=20)),
         PretrainRecipe("beta-vae", replace(_FLAT, beta=4.0), PretrainConfig(epochs=20)),
         replace(_VAE, name="demo"),
         # For AtariARI's ruler (`latentrl probe`): any game at 210x160, at most 256 latents, 8 minutes on 2 cores.
-        replace(
-            _VAE,
-            name="probe",
-            train=replace(_VAE.train, epochs=100, frames_per_epoch=25_600, max_seconds=430, monitor_frames=4096),
+        PretrainRecipe(
+            "probe",
+            _AXIAL,
+            replace(
+                _ROWS_AND_COLUMNS.train, epochs=100, frames_per_epoch=25_600, max_seconds=430, monitor_frames=4096
+            ),
         ),
     )
 }

@@ -44,7 +44,7 @@ class Arm:
     num_workers: int = 1
     recipe: str = "dqn"
     prior_frames: int = 100_000
-    encoder: str = "grid"
+    encoder: str = "vae"
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Task:
 
 ENCODERS = {
     "grid": Arm("frozen latents of a grid's cells, recipe `dqn`", "frozen"),
-    "axial": Arm("frozen latents of rows and columns, recipe `dqn`", "frozen", encoder="vae"),
+    "axial": Arm("frozen latents of rows and columns, recipe `dqn`", "frozen", encoder="axial"),
 }
 
 TASKS = {
@@ -99,14 +99,13 @@ TASKS = {
         3,
         {
             "frozen": Arm("latentrl, frozen, the recipe that the speed is measured with", "frozen"),
-            "efficient": Arm(
-                "latentrl, frozen, the recipe `efficient` and a convolution over the grid",
-                "frozen",
-                q={"grid_channels": 32},
-                recipe="efficient",
-            ),
+            "efficient": Arm("latentrl, frozen, the recipe `efficient`", "frozen", recipe="efficient"),
             "efficient-axial": Arm(
-                "latentrl, frozen, the recipe `efficient`", "frozen", recipe="efficient", encoder="vae"
+                "... on latents of rows and columns, without its convolution",
+                "frozen",
+                q={"grid_channels": 0},
+                recipe="efficient",
+                encoder="axial",
             ),
         },
     ),
