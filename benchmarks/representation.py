@@ -46,7 +46,7 @@ class Rung(NamedTuple):
 
 RUNGS = {
     "flat": Rung(("model.is_axial=false", "model.rarity=0")),
-    "axial": Rung(("model.rarity=0",)),
+    "no-rarity": Rung(("model.rarity=0",)),
     "probe": Rung(),
     "untrained": Rung(UNTRAINED),
     "untrained-flat": Rung(("model.is_axial=false", *UNTRAINED)),

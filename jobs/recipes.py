@@ -52,7 +52,7 @@ _FLAT = VAESettings(z_dim=256, widths=(64, 64))
 # What moves is read off rows and columns, from their principal components on, and what is rare counts.
 _AXIAL = VAESettings(z_dim=256, patch=5, widths=(32,), num_blocks=1, is_axial=True, rarity=0.5, variance="pixel")
 _VAE = PretrainRecipe("vae", _GRID, PretrainConfig(epochs=5))
-# The better representation, and for Q-learning no better than the grid (docs/results/learning.md).
+# Linear probes read more off it; Q-learning learns no more from it than from the grid (docs/results/learning.md).
 _ROWS_AND_COLUMNS = PretrainRecipe("axial", _AXIAL, PretrainConfig(epochs=5, precision="auto", encoder_lr_scale=0.3))
 _DQN = TrainRecipe("dqn", QConfig(), DQNSettings(), _GRID)
 # Distributions of long returns learn more of an agent step.
