@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     kept, chosen = Kept(options.results, options.work), cells(options)
     if options.list:
         for cell in chosen:
-            print(f"{cell.task:12} {cell.arm:20} {cell.seed}  {'run' if kept.find(cell) else 'to run'}")
+            print(f"{cell.task:17} {cell.arm:18} {cell.seed}  {'run' if kept.find(cell) else 'to run'}")
         return 0
     failed = [cell for cell in chosen if not kept.run(cell)]
     everything = page.gather(kept)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from atariari import ladder
-from atariari.keeping import kept, measured_once
+from atariari.keeping import kept, measured_once, told
 from ruler import GAMES
 
 from jobs.recipes import pretrain_recipe
@@ -169,4 +169,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(told(main))

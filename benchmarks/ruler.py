@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from atariari import page
-from atariari.keeping import kept, measured_once
+from atariari.keeping import kept, measured_once, told
 from atariari.rows import STANDARDISED, Cell, measure
 
 from pipeline.store import FramesDataset
@@ -87,4 +87,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(told(main))

@@ -122,6 +122,7 @@ def _described(collected: Collected, out: str) -> dict[str, Any]:
         "digest": dataset.digest,
         "frames": dataset.num_frames,
         "episodes": dataset.num_episodes,
+        "part": dataset.collection.get("part"),
         "bytes_per_frame": round(dataset.num_bytes / dataset.num_frames, 2),
         "frames_per_s": round(dataset.num_frames / collected.seconds, 1),
         "seconds": round(collected.seconds, 2),

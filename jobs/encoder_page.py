@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jobs.encoder_place import EncoderPlace
 from jobs.encoder_section import Remarks, bundle_facts, encoder_curve, plates
-from jobs.page import flat_rows, listing, places, text
+from jobs.page import flat_rows, listing, places, text, train_command
 from jobs.probe import PROTOCOL
 from jobs.probe_section import probe_summary, probe_table
 from jobs.turns_section import turn_groups
@@ -80,7 +80,8 @@ def _no_curve(place: EncoderPlace) -> str:
             "The run that pretrained this encoder is not known here, so there is no curve of its bits per dimension. "
             f"Type: latentrl report {shlex.quote(place.address)} --home or --tracking-uri of where it was pretrained"
         )
-    return f"Run {place.record.name} has logged no bits per dimension, so there is no curve."
+    points = len(place.curve)
+    return f"Run {place.record.name} has logged bits per dimension {points} times, too few for a curve."
 
 
 def _stages(place: EncoderPlace, probed: Probed | None) -> list[Fact]:
@@ -161,14 +162,13 @@ def _provenance(place: EncoderPlace, figures: Figures | None) -> list[Table]:
 
 def _commands(place: EncoderPlace, workspace: Workspace) -> list[Command]:
     home, address = places(workspace), shlex.quote(place.address)
-    game = load_preprocess(place.bundle).game
+    preprocess = load_preprocess(place.bundle)
     commands = [
         Command("Measure what it knows of the game's state.", f"latentrl probe {address} --data DIR {home}"),
         Command("Look at it on other frames.", f"latentrl report {address} --data DIR {home}"),
         Command(
             "Train an agent on this encoder.",
-            f"latentrl train --game {game} --encoder {address} --mode frozen --agent-steps 400000 --num-env-runners 1 "
-            f"{home}",
+            train_command(preprocess.game, preprocess.protocol, place.address, workspace),
         ),
     ]
     if place.record:

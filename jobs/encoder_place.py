@@ -46,6 +46,17 @@ class EncoderPlace:
     facts: Mapping[str, Any] = field(default_factory=dict)
     curve: list[tuple[float, float]] = field(default_factory=list)
 
+    def make_folder(self) -> None:
+        """Makes the folder, before there is something to lose.
+
+        Raises:
+            UserError: The home cannot be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write to {self.folder} ({error.strerror}); name another --home") from None
+
     def own_probes(self) -> list[Probed]:
         """What is recorded of probes on this machine.
 
@@ -95,10 +106,11 @@ def find_encoder(asked: str, workspace: Workspace) -> EncoderPlace:
         return EncoderPlace(resolved.path, resolved.sha256, address, own)
     record, facts, curve = found
     own = own.with_name(f"{own.name}-{record.run_id[:8]}")
+    place = EncoderPlace(resolved.path, resolved.sha256, address, own, record, None, facts, curve)
     if not (own / RUN_FILE).is_file():
-        own.mkdir(parents=True, exist_ok=True)
+        place.make_folder()
         record.write(own)
-    return EncoderPlace(resolved.path, resolved.sha256, address, own, record, None, facts, curve)
+    return place
 
 
 def place_of_run(run: RunFolder) -> EncoderPlace:

@@ -288,6 +288,14 @@ def places(workspace: Workspace) -> str:
     return options
 
 
+def train_command(game: str, protocol: str, encoder: str, workspace: Workspace) -> str:
+    """How to train an agent on an encoder's latents; other rules than those that it learned under are refused."""
+    return (
+        f"latentrl train --game {shlex.quote(game)} --protocol {shlex.quote(protocol)} --encoder "
+        f"{shlex.quote(encoder)} --mode frozen --agent-steps 400000 --num-env-runners 1 {places(workspace)}"
+    )
+
+
 def _commands(run: RunFolder, kin: Relatives, workspace: Workspace) -> list[Command]:
     commands = [Command("Look at all runs, metrics and models in MLflow.", ui_command(run.record.uri))]
     home = places(workspace)
@@ -305,10 +313,7 @@ def _commands(run: RunFolder, kin: Relatives, workspace: Workspace) -> list[Comm
         else (kin.policy_config.get("encoder") or {}).get("address")
     )
     if encoder:
-        line = (
-            f"latentrl train --game {_game(kin)} --encoder {shlex.quote(encoder)} --mode frozen --agent-steps 400000 "
-            f"--num-env-runners 1 {home}"
-        )
+        line = train_command(_game(kin), str(kin.preprocess.get("protocol", "atari100k")), encoder, workspace)
         commands.append(Command("Train an agent on this encoder for longer.", line))
         look = f"latentrl report {shlex.quote(encoder)} {home}"
         commands.append(Command("Look at the encoder: turn its latents, see what it knows.", look))

@@ -178,6 +178,8 @@ class _Session:
             "updates": trained.steps,
             "num_train_workers": len(trained.steps_per_worker),
             "train_worker_steps": {str(rank): steps for rank, steps in enumerate(trained.steps_per_worker)},
+            "game": self._dataset.preprocess.game,
+            "protocol": self._dataset.preprocess.protocol,
             "dataset": self._dataset.uri,
             "digest": self._dataset.digest,
             "frames": self._dataset.num_frames,

@@ -63,6 +63,7 @@ def run(
     network = load_encoder(place.bundle, preprocess=dataset.preprocess)
     remark = require_unseen(dataset, load_origin(place.bundle))
     dataset.require_sound_files()
+    place.make_folder()
     earlier = place.probes(workspace.tracking_uri)
     measured = _measured(network, dataset, is_standardised=is_standardised, with_velocity=with_velocity, seed=seed)
     result = {"encoder": place.address, "encoder_sha256": place.sha256, "dataset": dataset.uri, **measured}

@@ -67,6 +67,7 @@ def make_page(folder: RunFolder, workspace: Workspace) -> Path:
 
 def _of_encoder(place: EncoderPlace, workspace: Workspace, data: str | None) -> dict[str, Any]:
     remarks: list[str] = []
+    place.make_folder()
     pictures, is_new = figures_of(place, data, remarks)
     try:
         probes, missed = place.probes(workspace.tracking_uri), ""
@@ -97,7 +98,6 @@ def make_encoder_page(
         UserError: A file that the page shows is damaged.
     """
     with reading(f"what the page of {place.address} shows", "restore it, or give --data DIR to draw it anew"):
-        place.folder.mkdir(parents=True, exist_ok=True)
         return write_report(place.folder / PAGE, encoder_content(place, pictures, probes, remarks, workspace))
 
 

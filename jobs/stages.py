@@ -65,7 +65,8 @@ def _collect(stages: Any) -> None:
 
     def present(r: Result) -> str:
         shown = facts(r, "dataset", "frames", "episodes", "bytes_per_frame", "frames_per_s", "digest")
-        return f"{shown}\nnext: latentrl pretrain --data {r['dataset']} --register NAME"
+        what = {"probe": "probe ENCODER --data", "pretrain": "pretrain probe --register NAME --data"}
+        return f"{shown}\nnext: latentrl {what.get(r['part'], 'pretrain --register NAME --data')} {r['dataset']}"
 
     details = (
         "Ray workers play the game in lanes of their own and write Parquet; the same seed gives the same bytes\n"
@@ -139,7 +140,9 @@ def _pretrain(stages: Any) -> None:
             "run_folder",
         )
         encoder = r["model_uri"] or r["bundle"]
-        return f"{shown}{_champion(r)}\nnext: latentrl train --game GAME --encoder {encoder} --mode frozen"
+        train = f"train --game {r['game']} --protocol {r['protocol']} --encoder {encoder} --mode frozen"
+        then = f"probe {encoder} --data DIR" if r["protocol"] == "atariari" else train
+        return f"{shown}{_champion(r)}\nnext: latentrl {then}"
 
     details = (
         "Ray Data streams the frames into Ray Train; the finished encoder becomes a version of --register in MLflow,\n"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import atariari
+from pipeline.disk import write_text
 from pipeline.tracking import tagged
 from pipeline.untrusted import from_record, read_json, short
 
@@ -100,7 +101,7 @@ def write_probe(folder: Path, result: Mapping[str, Any]) -> Path:
     """Writes a probe's whole result into a folder, over an earlier one of the same features, data and seed."""
     path = folder / PROBE_FOLDER / Probed.of(result).file_name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write_text(path, json.dumps(result, indent=1) + "\n")
     return path
 
 

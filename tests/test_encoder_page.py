@@ -202,6 +202,7 @@ def test_what_is_not_known_is_said_with_the_command_for_it(project: Project, tmp
         f"Not probed yet. Type: latentrl probe {bundle} --data DIR --home",
         "No frames to draw pictures of: where its training frames lie is not known here. Type: latentrl report /",
         "so there is no curve of its bits per dimension. Type: latentrl report",
+        f"latentrl train --game pong --protocol {PONG.protocol} --encoder {bundle} --mode frozen",
     ):
         assert sentence in visit.text
     assert "Active units" in visit.text
@@ -235,6 +236,15 @@ def test_pages_that_cannot_be_are_refused(project: Project, tmp_path: Path, caps
         assert re.search(message, error), error
     shutil.rmtree(folder)
     shutil.rmtree(unfinished)
+
+
+def test_a_home_that_cannot_be_written_is_said_at_once(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle, sealed = str(project.run / "bundle"), "/sys/kernel/latentrl"
+    for command in (["probe", bundle, "--data", project.probe.root], ["report", bundle]):
+        assert cli.main([*command, "--home", sealed]) == 2
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == 1
+        assert said[0].startswith(f"error: cannot write to {sealed}/encoders/")
 
 
 def test_a_server_that_is_away_stops_no_page(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

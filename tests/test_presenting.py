@@ -16,6 +16,7 @@ TRAINED = {
 }
 PRETRAINED = {
     **{"model_uri": "models:/pong-encoder/1", "bundle": "/home/bundle", "aliases": ["champion"], "has_heldout": True},
+    **{"game": "pong", "protocol": "machado"},
     **{"bits_per_dim": 0.18374612345678, "elbo_nats": -1040.2345678, "active_units": 17, "seconds": 61.5},
 }
 
@@ -39,6 +40,22 @@ def test_figures_are_rounded_for_people() -> None:
     assert shown["bits per dim"] == "0.183746"
     assert shown["elbo nats"] == "-1040.23"
     assert (shown["active units"], shown["seconds"]) == ("17", "61.5")
+
+
+def test_what_is_typed_next_is_not_refused() -> None:
+    """A training plays by the encoder's rules; what was collected for a benchmark's part goes where it belongs."""
+    train = "latentrl train --game pong --protocol machado --encoder models:/pong-encoder/1 --mode frozen"
+    assert said("pretrain --data d --register r", PRETRAINED).endswith(f"next: {train}")
+    of_benchmark = said("pretrain probe --data d --register r", {**PRETRAINED, "protocol": "atariari"})
+    assert of_benchmark.endswith("next: latentrl probe models:/pong-encoder/1 --data DIR")
+    for part, following in (
+        (None, "pretrain --register NAME --data /d"),
+        ("pretrain", "pretrain probe --register NAME --data /d"),
+        ("probe", "probe ENCODER --data /d"),
+    ):
+        text = said("collect --game pong --frames 9 --out d", {"dataset": "/d", "part": part})
+        assert text.endswith(f"next: latentrl {following}")
+        assert parser().parse_args(text.rsplit("latentrl ", 1)[1].split())
 
 
 @pytest.mark.parametrize("command", ["lineage x", "gc", "sync x", "report x", "probe x --data d"])

@@ -53,6 +53,14 @@ def test_games_that_are_held_out_are_not_probed(capsys: pytest.CaptureFixture[st
     assert "invalid choice: 'freeway'" in capsys.readouterr().err
 
 
+def test_what_can_be_mended_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert keeping.told(lambda: ruler.main(["--data", str(tmp_path)])) == 2
+    assert capsys.readouterr().err == (
+        f"error: there is no dataset at {tmp_path}/pong-probe; make one with `latentrl collect --out "
+        f"{tmp_path}/pong-probe`\n"
+    )
+
+
 def test_the_published_networks_fit_their_frames() -> None:
     torch.manual_seed(0)
     frames = torch.randint(0, 256, (2, 210, 160), dtype=torch.uint8)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from pipeline.errors import UserError
 
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
 
@@ -25,6 +28,15 @@ def measured_once(path: Path, measure: Callable[[], Record], seconds_key: str) -
         draft.replace(path)
     record: Record = json.loads(path.read_text())
     return record
+
+
+def told(main: Callable[[], int]) -> int:
+    """A benchmark's exit code; what its user can mend is one line and code 2, as of `latentrl`."""
+    try:
+        return main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def kept(folder: Path) -> list[Record]:

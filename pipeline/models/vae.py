@@ -65,7 +65,7 @@ class VAESettings(ModelSettings):
         if self.variance not in VARIANCES:
             raise ValueError(f"variance is {self.variance!r}; choose one of {', '.join(VARIANCES)}")
         if min(self.z_dim, self.patch, self.num_blocks + 1, *self.widths, len(self.widths)) < 1:
-            raise ValueError(f"z_dim, patch, widths and num_blocks must be positive: {self}")
+            raise ValueError(f"z_dim, patch and widths must be positive, num_blocks 0 or more: {self}")
         too_large = [name for name, most in MOST.items() if getattr(self, name) > most]
         too_large += ["z_dim"] * (not self.latent_channels and self.z_dim > MOST_Z_DIM)
         too_large += ["widths"] * (len(self.widths) > MOST_RESOLUTIONS or max(self.widths) > MOST_WIDTH)
