@@ -89,9 +89,7 @@ PRETRAIN_RECIPES = {
         PretrainRecipe(
             "probe",
             _AXIAL,
-            replace(
-                _ROWS_AND_COLUMNS.train, epochs=100, frames_per_epoch=25_600, max_seconds=430, monitor_frames=4096
-            ),
+            replace(_ROWS_AND_COLUMNS.train, epochs=100, frames_per_epoch=25_600, max_seconds=430, monitor_frames=4096),
         ),
     )
 }

@@ -31,7 +31,7 @@ def test_a_short_claim_is_measured_once_and_told(
     claim: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--claim", claim, "--short", "--json", "--results", str(tmp_path / "kept")]
-    main([*arguments, "--write", str(tmp_path / "page")])
+    assert main([*arguments, "--write", str(tmp_path / "page")]) == 0
     first = capsys.readouterr()
     told = json.loads(first.out)["claims"][claim]
     assert told["measured"] == told["cells"] > 0

@@ -50,7 +50,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 1 where something that is claimed does not hold."""
+    """Exit code 1 where something that is claimed does not hold; toy sizes decide nothing."""
     options = parse(arguments)
     scope = Scope(options.short, options.montezuma_recipe)
     kept = Kept(options.results or (SHORT_RESULTS if options.short else RESULTS))
@@ -70,7 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps(told))
     else:
         _print(told)
-    return 1 if any(row["is_met"] is False for claim in told["claims"].values() for row in claim["judged"]) else 0
+    fails = any(row["is_met"] is False for claim in told["claims"].values() for row in claim["judged"])
+    return int(fails and not options.short)
 
 
 def _is_wanted(cell: Cell, options: argparse.Namespace) -> bool:
