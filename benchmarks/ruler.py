@@ -23,6 +23,7 @@ from atariari import page
 from atariari.keeping import kept, measured_once, told
 from atariari.rows import STANDARDISED, Cell, measure
 
+from pipeline import bundle
 from pipeline.store import FramesDataset
 
 GAMES = ("pong", "breakout", "boxing", "spaceinvaders", "tennis")
@@ -38,7 +39,7 @@ def run(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
 
     def measured() -> dict[str, Any]:
         probe = FramesDataset.open(str(options.data / f"{cell.game}-probe"))
-        pretrain = FramesDataset.open(str(options.data / f"{cell.game}-pretrain")) if cell.pretrain else None
+        pretrain = FramesDataset.open(str(options.data / f"{cell.game}-pretrain")) if _learns(cell.row) else None
         found = {"row": Path(cell.row).name, "game": cell.game, "seed": cell.seed}
         found |= {"datasets": {"probe": cell.probe, "pretrain": cell.pretrain}, "torch": torch.__version__}
         return found | measure(cell, probe, pretrain, options.work)
@@ -52,10 +53,20 @@ def cells(options: argparse.Namespace) -> list[Cell]:
     for game in options.games:
         probe = FramesDataset.open(str(options.data / f"{game}-probe")).digest
         for row in options.rows:
-            learns = row.removesuffix(STANDARDISED) in LEARNS
-            pretrain = FramesDataset.open(str(options.data / f"{game}-pretrain")).digest if learns else ""
-            found += [Cell(row, game, probe, pretrain, seed) for seed in range(options.seeds)]
+            found += [Cell(row, game, probe, _made_of(row, game, options), seed) for seed in range(options.seeds)]
     return found
+
+
+def _learns(row: str) -> bool:
+    return row.removesuffix(STANDARDISED) in LEARNS
+
+
+def _made_of(row: str, game: str, options: argparse.Namespace) -> str:
+    """Hash of what a row is made of besides the probed frames: what it learns from, or the bundle that it is."""
+    if _learns(row):
+        return FramesDataset.open(str(options.data / f"{game}-pretrain")).digest
+    name = row.removesuffix(STANDARDISED)
+    return "" if name in ROWS else bundle.verify(Path(name))
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from probe_toys import ball_dataset
+from probe_toys import HEIGHT, PONG, WIDTH, ball_dataset
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -17,6 +18,12 @@ import ruler
 from atariari import keeping
 from atariari.networks import PublishedVAE, SupervisedProbe, pixels
 from atariari.training import Clocked
+
+from pipeline import models
+from pipeline.artifact import LatentStats, save_encoder
+from pipeline.errors import UserError
+from pipeline.models.vae import VAESettings
+from pipeline.origin import Origin
 
 PAGE = "# Ruler\n\nWords before.\n\n" + keeping.BEGIN + "\nold\n" + keeping.END + "\n\nWords after.\n"
 
@@ -45,6 +52,29 @@ def test_rows_are_measured_once_and_stand_beside_the_published(
     assert text.endswith("\n\nWords after.\n")
     assert "| pong | majority | 1 | " in text
     assert "old" not in text
+
+
+def test_an_encoder_is_measured_again_once_it_is_another(tmp_path: Path) -> None:
+    """A row is kept for a bundle's bytes, not for its folder; one that has seen the games is refused."""
+    torch.set_num_threads(1)
+    probe = ball_dataset(tmp_path / "pong-probe", [90] * 20)
+    bundle, kept = tmp_path / "bundle", tmp_path / "kept"
+    arguments = ["--data", str(tmp_path), "--results", str(kept), "--rows", str(bundle), "--games", "pong"]
+    for seed in (0, 0, 1):
+        encoder(bundle, seed)
+        assert ruler.main(arguments) == 0
+    assert len(list(kept.iterdir())) == 2
+    encoder(bundle, 2, Origin.of(probe))
+    with pytest.raises(UserError, match=r"learned from .* itself"):
+        ruler.main(arguments)
+
+
+def encoder(path: Path, seed: int, origin: Origin | None = None) -> None:
+    """Writes a bundle over another one."""
+    shutil.rmtree(path, ignore_errors=True)
+    torch.manual_seed(seed)
+    model = models.build(VAESettings(z_dim=4, patch=4, widths=(8,)).for_frames(HEIGHT, WIDTH))
+    save_encoder(path, model, LatentStats.identity(4), PONG, {}, origin)
 
 
 def test_games_that_are_held_out_are_not_probed(capsys: pytest.CaptureFixture[str]) -> None:

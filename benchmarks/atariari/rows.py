@@ -18,6 +18,7 @@ from atariari.networks import PublishedEncoder
 from pipeline.artifact import load_encoder
 from pipeline.labels import features_of, read_labels
 from pipeline.order import ReadingOrder
+from pipeline.origin import load_origin, require_unseen
 from pipeline.probe import ProbeResult, majority, probe_features, scored, standardised
 from pipeline.store import FramesDataset
 from pipeline.stream import sample_frames
@@ -39,7 +40,7 @@ class Cell:
             behind it, features are scaled to variance 1 each.
         game: The benchmark's name.
         probe: Digest of the dataset that is probed.
-        pretrain: Digest of the dataset that is learned from; "" where nothing is.
+        pretrain: Digest of the dataset that is learned from, or of the bundle; "" where there is neither.
         seed: Of weights and batches.
         version: Of the ruler.
     """
@@ -76,7 +77,7 @@ def measure(cell: Cell, probe: FramesDataset, pretrain: FramesDataset | None, wo
         return {**facts, "f1": last["f1"], "f1_by_variable": last["f1_by_variable"], "curve": curve}
     if cell.row == "majority":
         return {**facts, **_said(scored(labels, majority(labels)))}
-    features = features_of(probe, _encoding(cell, pretrain))
+    features = features_of(probe, _encoding(cell, probe, pretrain))
     if cell.row.endswith(STANDARDISED):
         features = standardised(features, labels)
     return {**facts, **_said(probe_features(features, labels, seed=cell.seed))}
@@ -86,7 +87,7 @@ def _said(result: ProbeResult) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(result).items()}
 
 
-def _encoding(cell: Cell, pretrain: FramesDataset | None) -> Callable[[Tensor], Tensor]:
+def _encoding(cell: Cell, probe: FramesDataset, pretrain: FramesDataset | None) -> Callable[[Tensor], Tensor]:
     kind = cell.row.removesuffix(STANDARDISED)
     if kind == "random":
         torch.manual_seed(cell.seed)
@@ -97,7 +98,8 @@ def _encoding(cell: Cell, pretrain: FramesDataset | None) -> Callable[[Tensor], 
         assert pretrain is not None
         frames = sample_frames(pretrain, ReadingOrder.whole(pretrain, "train", 1, 1), SAMPLED_FRAMES)
         return _principal_components(frames)
-    encoder = load_encoder(kind)
+    encoder = load_encoder(kind, preprocess=probe.preprocess)
+    require_unseen(probe, load_origin(kind))
     return lambda frames: encoder.encode(frames) * encoder.scale + encoder.mean
 
 

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
+from atariari.keeping import told
 
 from claims import bits, bounds, factors, montezuma, page, worlds
 from claims.cells import Cell, Kept, Scope
@@ -88,4 +89,4 @@ def _print(told: dict[str, dict]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(told(main))
