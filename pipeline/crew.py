@@ -106,14 +106,14 @@ class Crew:
             item = ray.get(next(ref))
         except StopIteration:
             del self._playing[ref]
-            self.rows_per_worker[str(tried.worker)] += tried.rows
             idle.append(tried.worker)
             return
         if isinstance(item, int):
             tried.rows += item
             on_rows(item)
         else:
-            results.extend(item)
+            results.extend(item)  # when the last are here nothing more is looked at
+            self.rows_per_worker[str(tried.worker)] += tried.rows
 
     def _replace(self, ref: Any, error: Exception, waiting: deque[list[Lane]], on_rows: Callable[[int], None]) -> None:
         tried = self._playing.pop(ref, None)

@@ -45,7 +45,9 @@ def gather(out: Path, frames: int, **settings: object) -> FramesDataset:
         "seed": 3,
         "num_workers": 1,
     } | settings
-    return collect(str(out), BREAKOUT, frames=frames, **options).dataset  # type: ignore[arg-type]
+    collected = collect(str(out), BREAKOUT, frames=frames, **options)  # type: ignore[arg-type]
+    assert sum(collected.rows_per_worker.values()) == frames  # the last shard's too
+    return collected.dataset
 
 
 def rows_of(dataset: FramesDataset) -> list[dict[str, object]]:
