@@ -356,6 +356,7 @@ def test_what_is_printed_names_an_encoder_that_there_is(
     differs: dict[str, object], is_noted: bool, encoder: str
 ) -> None:
     options = parser().parse_args(["pretrain", "--data", "frames", "--register", "toy"])
-    said = options.present({"model_uri": "models:/toy/1", "bundle": "/runs/pretrain-toy-001/bundle", **differs})
+    made = {"model_uri": "models:/toy/1", "bundle": "/runs/pretrain-toy-001/bundle", "game": "pong", "protocol": "own"}
+    said = options.present({**made, **differs})
     assert ("note: not champion" in said) == is_noted
     assert f"--encoder {encoder} " in said.splitlines()[-1]
