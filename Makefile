@@ -51,7 +51,7 @@ bench: setup
 	$(BIN)/python benchmarks/q_learning.py --short
 
 claims: setup
-	PYTHONPATH=benchmarks $(BIN)/python -m claims $(if $(SHORT),--short,--write docs/results) $(if $(MONTEZUMA),--montezuma-recipe $(MONTEZUMA))
+	PYTHONPATH=benchmarks $(BIN)/python -m claims $(if $(SHORT),--short,--write docs/results)
 
 clean:
 	rm -rf $(VENV) latentrl-runs latentrl-demo .mypy_cache .ruff_cache .hypothesis .fuzz *.egg-info

@@ -41,7 +41,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", nargs="+", type=int)
     parser.add_argument("--short", action="store_true", help="toy sizes: proves that it runs, decides nothing")
     parser.add_argument(
-        "--montezuma-recipe", metavar="NAME", help="of `latentrl pretrain`; without it that is left out"
+        "--montezuma-recipe", metavar="NAME", default="probe", help="of `latentrl pretrain`, for Montezuma's Revenge"
     )
     parser.add_argument("--results", type=Path, help="kept cells, a small JSON file each")
     parser.add_argument("--list", action="store_true", help="names the cells and whether they have been measured")

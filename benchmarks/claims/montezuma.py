@@ -129,7 +129,7 @@ def _measure(cell: Cell) -> Figures:
 
 
 def _cells(scope: Scope) -> list[Cell]:
-    if scope.is_short or scope.montezuma_recipe is None:
+    if scope.is_short:
         return []
     return [Cell("montezuma", scope.montezuma_recipe, SEED, Plan(pretrain_recipe(scope.montezuma_recipe)))]
 

@@ -46,7 +46,7 @@ def page(told: dict[str, Any]) -> str:
     for name, claim in told["claims"].items():
         parts.append(f"\n## {claim['title']}\n\n{claim['about']}\n")
         if not claim["cells"]:
-            parts.append("\nNot run: no recipe was named.\n")
+            parts.append("\nLeft out at toy sizes.\n")
             continue
         missing = claim["cells"] - claim["measured"]
         left = f"; **{missing} not yet measured**" if missing else ""
