@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from atariari import ladder
-from atariari.keeping import kept, measured_once, told
+from atariari.keeping import exit_code, kept, measured_once
 from ruler import GAMES
 
 from jobs.recipes import pretrain_recipe
@@ -169,4 +169,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(told(main))
+    sys.exit(exit_code(main))

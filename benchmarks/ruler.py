@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from atariari import page
-from atariari.keeping import kept, measured_once, told
+from atariari.keeping import exit_code, kept, measured_once
 from atariari.rows import STANDARDISED, Cell, measure
 
 from pipeline import bundle
@@ -98,4 +98,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(told(main))
+    sys.exit(exit_code(main))

@@ -84,7 +84,7 @@ def test_games_that_are_held_out_are_not_probed(capsys: pytest.CaptureFixture[st
 
 
 def test_what_can_be_mended_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert keeping.told(lambda: ruler.main(["--data", str(tmp_path)])) == 2
+    assert keeping.exit_code(lambda: ruler.main(["--data", str(tmp_path)])) == 2
     assert capsys.readouterr().err == (
         f"error: there is no dataset at {tmp_path}/pong-probe; make one with `latentrl collect --out "
         f"{tmp_path}/pong-probe`\n"

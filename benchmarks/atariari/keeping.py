@@ -30,7 +30,7 @@ def measured_once(path: Path, measure: Callable[[], Record], seconds_key: str) -
     return record
 
 
-def told(main: Callable[[], int]) -> int:
+def exit_code(main: Callable[[], int]) -> int:
     """A benchmark's exit code; what its user can mend is one line and code 2, as of `latentrl`."""
     try:
         return main()

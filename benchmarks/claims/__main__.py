@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
-from atariari.keeping import told
+from atariari.keeping import exit_code
 
 from claims import bits, bounds, factors, montezuma, page, worlds
 from claims.cells import Cell, Kept, Scope
@@ -89,4 +89,4 @@ def _print(told: dict[str, dict]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(told(main))
+    sys.exit(exit_code(main))

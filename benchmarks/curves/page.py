@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from claims.cells import t_interval
 
 from curves.arms import ENCODER_TASKS, TASKS, Arm, Cell
 from curves.keep import Kept
@@ -49,9 +49,8 @@ def gain(runs: Runs, arm: str, over: str, tasks: Sequence[str]) -> dict[str, Any
     if len(pairs) < 2:
         return {"pairs": len(pairs)}
     differences = np.subtract(*np.array(pairs).T)
-    mean, spread = float(differences.mean()), float(stats.sem(differences))
-    margin = spread * float(stats.t.ppf(0.975, len(pairs) - 1))
-    figures = {"mean": mean, "low": mean - margin, "high": mean + margin}
+    low, high = t_interval(differences)
+    figures = {"mean": float(differences.mean()), "low": low, "high": high}
     return {"pairs": len(pairs), **{name: round(value, 3) for name, value in figures.items()}}
 
 
