@@ -30,6 +30,8 @@ BIN = Path(sys.executable).parent
 ROOT = Path(__file__).resolve().parents[2]
 OBJECT_STORE_BYTES = 300 << 20
 SECRETS_FILE = "secrets.env"
+TOO_SLOW = "The current node timed out during startup"  # Ray gives a raylet 30 s, which cannot be set
+STARTS = 3
 UNSHARE = [
     *("unshare", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"),
     *([] if os.geteuid() == 0 else ["--user", "--map-root-user"]),
@@ -114,9 +116,15 @@ class Node(Program):
         return "Ray runtime started." in self.log.read_text(errors="replace")
 
     def start(self) -> None:
-        """Starts it; what an earlier start has said is forgotten."""
-        self.log.write_text("")
-        super().start()
+        """Starts it, again where Ray found the machine too slow; what an earlier start has said is forgotten."""
+        for tries_left in reversed(range(STARTS)):
+            self.log.write_text("")
+            try:
+                return super().start()
+            except AssertionError:
+                if not tries_left or TOO_SLOW not in self.log.read_text(errors="replace"):
+                    raise
+                self.kill()
 
 
 class RayCluster:
