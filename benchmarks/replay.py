@@ -28,7 +28,8 @@ from torch.nn import functional
 
 from jobs.recipes import train_recipe
 from rllib_ext.networks import QHead
-from rllib_ext.replay import ColumnarReplay, ReplaySpec, Rows, Transitions, required_bytes
+from rllib_ext.replay import ColumnarReplay, Rows, Transitions
+from rllib_ext.replay_spec import ReplaySpec, required_bytes
 
 Z_DIM, STACK, NUM_ACTIONS, BATCH_SIZE = 392, 4, 6, 256
 NUM_LANES, FRAGMENT_ROWS, EPISODE_ROWS = 16, 8, 800

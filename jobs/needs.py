@@ -130,7 +130,7 @@ def _training(wish: Wish) -> Needs:
     from jobs.recipes import train_recipe
     from pipeline.atari import preprocess_for
     from rllib_ext.config import LatentDQNConfig
-    from rllib_ext.replay import required_bytes
+    from rllib_ext.replay_spec import required_bytes
 
     recipe = train_recipe(wish.recipe or "dqn", config=wish.config, overrides=wish.overrides)
     preprocess = preprocess_for(_GAME)

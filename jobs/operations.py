@@ -6,6 +6,7 @@ from typing import Any
 
 from jobs.needs import STAGES
 from jobs.options import Options, Result, facts, places, seed, stage, workspace_of
+from rllib_ext.settings import MODES
 
 
 def add_operations(commands: Any) -> None:
@@ -133,6 +134,6 @@ def _doctor(commands: Any) -> None:
     p.add_argument("--num-workers", type=int, help="of collect (one a CPU that is free)")
     p.add_argument("--num-env-runners", type=int, help="of train (1)")
     p.add_argument("--num-learners", type=int, help="of train (0)")
-    p.add_argument("--mode", choices=("frozen", "finetune", "pixels"), help="of train (frozen)")
+    p.add_argument("--mode", choices=MODES, help="of train (frozen)")
     p.add_argument("--num-gpus", type=int, default=0, help="GPUs that are counted on (0)")
     places(p)

@@ -66,6 +66,7 @@ def _title(kin: Relatives) -> str:
     game = _game(kin).replace("_", " ").title()
     if kin.policy_config:
         modes = {"frozen": "played from frozen latents", "finetune": "played from finetuned latents"}
+        modes["online"] = "played from latents that were learned beside it"
         return f"{game}, {modes.get(kin.policy_config['mode'], 'played from pixels')}"
     if kin.evaluation:
         return f"{game}, played by a trained agent"
@@ -132,7 +133,7 @@ def _film_caption(film: Mapping[str, Any]) -> str:
         f"Episode {film['episode']}, the one with the median return: {number(film['return'])} points in "
         f"{number(film['agent_steps'])} agent steps. Shown {_stretch(film)}."
     )
-    if film["mode"] == "finetune":
+    if film["mode"] in ("finetune", "online"):
         caption += " The encoder has moved since its decoder was trained; the reconstruction shows how far."
     return caption
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from jobs.settings import resolve, to_dict
@@ -11,7 +11,7 @@ from pipeline.errors import UserError
 from pipeline.models.vae import VAESettings
 from pipeline.names import suggestion
 from pipeline.pretrain_config import PretrainConfig
-from rllib_ext.settings import DQNSettings, QConfig
+from rllib_ext.settings import DQNSettings, ElboSettings, QConfig
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,15 @@ class TrainRecipe:
         name: The recipe's.
         q: The Q network on the stacked latents.
         train: The Q-learning.
-        model: The encoder's architecture where it is trained from scratch (pixels mode).
+        model: The architecture of an encoder that starts from nothing (modes pixels and online without an encoder).
+        elbo: How an encoder goes on learning on its bound (mode online, and finetune where `elbo.in_finetune` is set).
     """
 
     name: str
     q: QConfig
     train: DQNSettings
     model: VAESettings
+    elbo: ElboSettings = field(default_factory=ElboSettings)
 
 
 # Latents on a 7 x 7 grid find Pong's ball within a minute of training; a flat z had not after four (docs/log.md).
@@ -93,7 +95,7 @@ PRETRAIN_RECIPES = {
         ),
     )
 }
-TRAIN_RECIPES = {recipe.name: recipe for recipe in (_DQN, _EFFICIENT, _DEMO)}
+TRAIN_RECIPES = {recipe.name: recipe for recipe in (_DQN, replace(_DQN, name="online"), _EFFICIENT, _DEMO)}
 
 Recipe = TypeVar("Recipe", PretrainRecipe, TrainRecipe)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from jobs.options import Options, Result, facts, gathered, places, seed, share, stage, waiting, workspace_of
 from pipeline.protocols import PARTS, PROTOCOLS, RESOLUTIONS
+from rllib_ext.settings import MODES
 
 EVALUATED = ("mean_return", "ci95_low", "ci95_high", "episodes", "human_normalised")
 
@@ -223,6 +224,8 @@ def _train(stages: Any) -> None:
     details = (
         "frozen:   latents are made on the rollout workers; the learner never sees a pixel (needs --encoder)\n"
         "finetune: the encoder learns too, at a rate of its own (needs --encoder)\n"
+        "online:   encoder and decoder go on learning on their bound, from replayed frames, while Q learns on the\n"
+        "          latents; from --encoder, or from nothing without it\n"
         "pixels:   the encoder's architecture from scratch, or the DQN paper's (q.torso=nature): the baselines"
     )
     p = stage(
@@ -232,7 +235,7 @@ def _train(stages: Any) -> None:
     recipe_options(p, "dqn", "train_recipe")
     p.add_argument("--game", required=True, help="ALE id such as pong")
     p.add_argument("--encoder", metavar="URI", help="models:/NAME@alias, models:/NAME/3, runs:/ID/path or a folder")
-    p.add_argument("--mode", choices=("frozen", "finetune", "pixels"), default="frozen")
+    p.add_argument("--mode", choices=MODES, default="frozen")
     p.add_argument("--agent-steps", type=int, default=100_000, help="decisions of the agent, over all workers (100000)")
     p.add_argument("--num-env-runners", type=int, default=1, help="remote rollout workers; 0: in this process (1)")
     p.add_argument("--num-learners", type=int, default=0, help="remote learners; 0: in this process (0)")

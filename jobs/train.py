@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.cluster import ray_session
 from jobs.garbage import removal_note
+from jobs.improving import improved_encoder
 from jobs.metrics import Metrics
 from jobs.progress import progress
 from jobs.resuming import Earlier, earlier_run
@@ -34,7 +35,7 @@ from rllib_ext.checkpoint import find_checkpoint
 from rllib_ext.config import LatentDQNConfig
 from rllib_ext.policy import PolicyConfig, save_policy
 from rllib_ext.runner import EnvFactory, atari_factory
-from rllib_ext.settings import MODES
+from rllib_ext.settings import MODES, ONLINE
 from rllib_ext.workers import WorkersLost
 
 if TYPE_CHECKING:
@@ -68,8 +69,8 @@ def run(
         workspace: Where runs, registry and Ray are.
         recipe: Networks and settings.
         game: In any usual spelling.
-        encoder: Address of the encoder; None in pixels mode.
-        mode: "frozen", "finetune" or "pixels".
+        encoder: Address of the encoder; None where it starts from nothing, in modes pixels and online.
+        mode: "frozen", "finetune", "online" or "pixels".
         agent_steps: Decisions to take; the run ends with the first fragment that reaches them.
         num_env_runners: Remote rollout workers; 0 samples in the driver.
         num_learners: Remote learners; 0 learns in the driver.
@@ -108,6 +109,7 @@ def run(
         q=recipe.q,
         train=recipe.train,
         model=recipe.model,
+        elbo=recipe.elbo,
     )
     plan.check()
     config = build_config(plan, preprocess, resolved)
@@ -147,6 +149,7 @@ def build_config(
         encoder_sha256=resolved.sha256 if resolved else None,
         encoder_config=None if resolved else plan.model,
         q=plan.q,
+        elbo=plan.elbo,
         env_factory=env_factory,
     )
     built: LatentDQNConfig = (
@@ -164,6 +167,8 @@ def _resolve_encoder(workspace: Workspace, encoder: str | None, mode: str) -> Re
     if mode == "pixels":
         if encoder is not None:
             raise UserError(f"mode pixels trains its encoder from scratch; leave out --encoder {encoder}")
+        return None
+    if encoder is None and mode == ONLINE:
         return None
     if encoder is None:
         raise UserError(f"mode {mode} needs a pretrained encoder; give --encoder, for example models:/NAME@champion")
@@ -306,6 +311,7 @@ class _Session:
         policy = self._write_policy(algorithm, figures)
         tags = {"game": self._plan.game, "mode": self._plan.mode, "agent_steps": algorithm.agent_steps}
         registered = register_policy(self._run, policy, name, encoder=self._resolved, tags=tags)
+        improved = improved_encoder(self._run, algorithm, self._plan, self._preprocess, self._resolved)
         has_games = math.isfinite(figures["episode_return_mean"])
         result = {
             "policy": str(policy),
@@ -319,6 +325,7 @@ class _Session:
             "encoder_sha256_after": _representative(after),
             "num_remote_env_runners": self._plan.num_env_runners,
             "episode_return_mean": figures["episode_return_mean"] if has_games else None,
+            **improved,
             "run_folder": str(self._folder),
         }
         write_text(self._folder / RESULT_FILE, json.dumps(result, indent=1) + "\n")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pipeline.errors import UserError
 from pipeline.models.latent import ModelSettings
-from rllib_ext.settings import DQNSettings, QConfig
+from rllib_ext.settings import DQNSettings, ElboSettings, QConfig
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Training:
         recipe: Its name.
         game: ALE's id.
         protocol: The rules that the game is played by.
-        mode: "frozen", "finetune" or "pixels".
-        encoder: Address as given; None for pixels.
+        mode: "frozen", "finetune", "online" or "pixels".
+        encoder: Address as given; None where the encoder starts from nothing.
         encoder_uri: The address that means this version for ever, where there is one.
         encoder_sha256: Of the encoder's bundle.
         agent_steps: Decisions to take, over all runners.
@@ -29,7 +29,8 @@ class Training:
         seed: Of everything random.
         q: The Q network.
         train: The Q-learning.
-        model: The encoder's architecture for pixels mode.
+        model: The architecture of an encoder that starts from nothing.
+        elbo: How an encoder goes on learning on its bound, in the modes that have that.
     """
 
     recipe: str
@@ -47,6 +48,7 @@ class Training:
     q: QConfig
     train: DQNSettings
     model: ModelSettings
+    elbo: ElboSettings
 
     def check(self) -> None:
         """Refuses counts that make no run; the rest is up to `LatentDQNConfig.check`.

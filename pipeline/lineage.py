@@ -244,7 +244,9 @@ def _missing(node: Node) -> list[str]:
         remarks.append("the run that made it is deleted (mlflow can restore it)")
     if node.kind != "evaluation" and node.runs and not node.versions:
         remarks.append(_unregistered(node))
-    is_from_nothing = node.facts.get("mode") == "pixels" or node.facts.get("policy.address", "").startswith("random:")
+    is_from_nothing = node.facts.get("mode") in ("pixels", "online") or node.facts.get("policy.address", "").startswith(
+        "random:"
+    )
     if node.origin is None and (node.runs or node.versions) and not is_from_nothing:
         what = {"encoder": "the data", "agent": "the encoder", "evaluation": "the policy"}[node.kind]
         remarks.append(f"{what} it was made from is not recorded")

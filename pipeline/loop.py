@@ -36,6 +36,7 @@ from pipeline.pretrain_config import RECORD_FILE, PretrainConfig
 from pipeline.storage import not_shared
 from pipeline.store import FramesDataset
 from pipeline.stream import CPU, all_batches, sample_frames, training_batches
+from pipeline.tally import Tally
 
 EVALUATION_BATCH = 256
 
@@ -296,47 +297,8 @@ class _Worker:
         order = self._plan("train", EVALUATION_BATCH * self._num_workers, max(frames, self._num_workers))
         return training_batches(self._job.dataset, order, range(1), self._rank, device=self._device)
 
-    def _tally(self) -> _Tally:
-        return _Tally(self._job.model.z_dim, self._device)
-
-
-class _Tally:
-    """Sums over frames of the ELBO and of the posterior's moments, float64."""
-
-    def __init__(self, z_dim: int, device: torch.device) -> None:
-        self._sums = torch.zeros(2 + 3 * z_dim, dtype=torch.float64, device=device)
-
-    @torch.inference_mode()
-    def add(self, model: LatentModel, batch_BHW: Tensor) -> None:
-        """Adds a batch of frames."""
-        model.eval()
-        terms, mean_BZ = model.elbo(batch_BHW), model.features(batch_BHW).double()
-        parts = [terms.value.double().sum()[None], self._sums.new_tensor([float(len(batch_BHW))])]
-        parts += [mean_BZ.sum(0), mean_BZ.square().sum(0), terms.kl.double().sum(0)]
-        self._sums += torch.cat(parts)
-
-    def reduce(self, num_workers: int) -> None:
-        """Adds up what all workers have."""
-        if num_workers > 1:
-            dist.all_reduce(self._sums)
-
-    @property
-    def elbo(self) -> float:
-        """Nats per frame."""
-        return float(self._sums[0] / self._sums[1])
-
-    def stats(self, model: ModelConfig) -> LatentStats:
-        """Mean and scale of the posterior means."""
-        mean, square, kl = (self._sums[2:] / self._sums[1]).cpu().view(3, -1)
-        return LatentStats.from_moments(mean, (square - mean.square()).clamp(min=0), kl, model.latent_shape)
-
-    def figures(self, model: ModelConfig, prefix: str) -> dict[str, float]:
-        """ELBO, bits/dim and active units, by name."""
-        return {
-            f"{prefix}elbo_nats": self.elbo,
-            f"{prefix}bits_per_dim": bits_per_dim(self.elbo, model.height * model.width),
-            f"{prefix}active_units": float(self.stats(model).num_active),
-        }
+    def _tally(self) -> Tally:
+        return Tally(self._job.model.z_dim, self._device)
 
 
 def _gathered(value: int, num_workers: int, device: torch.device) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ In the synchronous mode the two take turns, in a fixed order: every worker one f
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
@@ -36,6 +37,7 @@ from pipeline.errors import UserError, reading
 from rllib_ext import compat
 from rllib_ext.checkpoint import verify_checkpoint, write_checkpoint
 from rllib_ext.config import LatentDQNConfig
+from rllib_ext.encoder_learning import EncoderLearning
 from rllib_ext.learner import LearnerReport
 from rllib_ext.learners import Learners
 from rllib_ext.replay import ColumnarReplay, Transitions
@@ -84,8 +86,10 @@ class LatentDQN(Algorithm):
         self.workers = RolloutWorkers(self.env_runner_group, self.settings, self.config.num_env_runners)
         self.seed = config.seed if config.seed is not None else int(np.random.SeedSequence().generate_state(1)[0])
         self.replay = ColumnarReplay(self.config.replay_spec(), seed=self.seed)
+        is_learning = self.config.learns_bound
+        self.encoder_learning = EncoderLearning(self.config, self.learners, self.replay) if is_learning else None
         self.agent_steps = 0
-        self.updates = 0
+        self.updates = self.q_divergences = 0
         self.num_episodes = 0
         self.num_barriers = 0
         self.num_restores = 0
@@ -192,6 +196,9 @@ class LatentDQN(Algorithm):
         for fragment in fragments:
             first_lane = max(0, fragment.worker_index - 1) * self.settings.envs_per_runner
             self.replay.add(fragment.rows, first_lane)
+            if self.encoder_learning is not None:
+                num_rows, num_lanes = fragment.rows.action.shape
+                self._timed("encode_s", self.encoder_learning.add, first_lane, num_lanes, num_rows)
             self.agent_steps += fragment.agent_steps
             self.num_episodes += len(fragment.episode_returns)
             self.recent_returns.extend(fragment.episode_returns)
@@ -218,16 +225,24 @@ class LatentDQN(Algorithm):
         figures: dict[str, float] = {}
         while num_updates > 0:
             portion = min(num_updates, self._updates_per_draw())
+            if self.encoder_learning is not None:
+                self._timed("elbo_s", self.encoder_learning.improve, self.agent_steps, portion / num_updates)
             drawn = self._timed("draw_s", self._draw, portion)
-            reports = self._timed("update_total_s", self.learners.update, drawn, self.updates)
+            with self._refreshing(portion):
+                reports = self._timed("update_total_s", self.learners.update, drawn, self.updates)
             self._require_finite(reports)
             self._timed("priorities_s", self._prioritise, reports)
             figures = reports[0].figures
+            self.q_divergences += max(report.num_diverged for report in reports)
             self.updates += portion
             num_updates -= portion
         for name, value in figures.items():
             self.metrics.log_value((LEARNER_RESULTS, DEFAULT_MODULE_ID, name), value, window=1)
         return figures
+
+    def _refreshing(self, num_updates: int) -> contextlib.AbstractContextManager[None]:
+        learning = self.encoder_learning
+        return contextlib.nullcontext() if learning is None else learning.refreshing(num_updates)
 
     def _draw(self, num_updates: int) -> Transitions:
         settings = self.settings
@@ -278,6 +293,8 @@ class LatentDQN(Algorithm):
             "replay_ratio": self.updates / max(1, self.agent_steps - self.settings.warmup_agent_steps),
             "cut_episodes": self.replay.num_cut_episodes,
             "lost_runners": self.workers.deaths.total(),
+            "q_divergences": self.q_divergences,
+            **(self.encoder_learning.figures() if self.encoder_learning else {}),
             "episode_return_mean": float(np.mean(self.recent_returns)) if self.recent_returns else float("nan"),
         }
 
@@ -364,6 +381,8 @@ class LatentDQN(Algorithm):
             "learner": self.learners.state(),
             "agent_steps": self.agent_steps,
             "updates": self.updates,
+            "q_divergences": self.q_divergences,
+            "encoder_learning": self.encoder_learning.state() if self.encoder_learning else None,
             "num_episodes": self.num_episodes,
             "num_barriers": num_barriers,
             "num_restores": self.num_restores,
@@ -385,6 +404,9 @@ class LatentDQN(Algorithm):
         self.replay = load_replay(folder / "replay", self.config.replay_spec())
         self.learners.set_state(state["learner"])
         self.agent_steps, self.updates = state["agent_steps"], state["updates"]
+        self.q_divergences = state["q_divergences"]
+        if self.encoder_learning is not None:
+            self.encoder_learning.set_state(state["encoder_learning"], self.replay)
         self.num_episodes, self.num_barriers, self.seed = state["num_episodes"], state["num_barriers"], state["seed"]
         self.num_restores = state["num_restores"] + (not self.settings.synchronous)
         self._restores_here += 1

@@ -24,15 +24,27 @@ from rllib_ext.connectors import EncodeObservations, StackObservations
 from rllib_ext.learner import LatentDQNLearner
 from rllib_ext.module import SPEC_KEY, LatentQModule, QModuleSpec
 from rllib_ext.networks import GridConvolution, NatureConvolutions
-from rllib_ext.replay import ReplaySpec, required_bytes
+from rllib_ext.replay_spec import ReplaySpec, required_bytes
 from rllib_ext.runner import EnvFactory, LatentEnvRunner, atari_factory
-from rllib_ext.settings import MODES, NATURE, PIXELS, DQNSettings, QConfig, replace_known
+from rllib_ext.settings import (
+    CACHE,
+    FINETUNE,
+    FROZEN,
+    MODES,
+    NATURE,
+    ONLINE,
+    PIXELS,
+    DQNSettings,
+    ElboSettings,
+    QConfig,
+    replace_known,
+)
 from rllib_ext.shared_bundle import SharedBundle
 
 if TYPE_CHECKING:
     from typing import Self
 
-__all__ = ["DQNSettings", "LatentDQNConfig", "QConfig"]
+__all__ = ["DQNSettings", "ElboSettings", "LatentDQNConfig", "QConfig"]
 
 # RLlib's own settings that LatentDQN honours. Every other one must keep its default.
 _HONOURED = {
@@ -57,7 +69,7 @@ _MAX_SEED = 2**32 - 1  # of numpy's legacy generator, which RLlib seeds with the
 _OWN = {
     "max_requests_in_flight_per_env_runner",
     *("mode", "preprocess", "encoder_path", "encoder_sha256", "encoder_config", "env_factory", "run_id"),
-    *("settings", "q", "z_shape", "bundle"),
+    *("settings", "q", "elbo", "z_shape", "bundle"),
     *("algo_class", "class", "_is_frozen", "in_evaluation", "_per_module_overrides", "policies", "simple_optimizer"),
 }
 
@@ -98,7 +110,7 @@ class LatentDQNConfig(AlgorithmConfig):
         self.torch_skip_nan_gradients = True  # a check per parameter and update that costs more than it finds
         self.restart_failed_env_runners = True
         self.log_sys_usage = False  # a thread that reads /proc beside the learner
-        self.mode = "frozen"
+        self.mode = FROZEN
         self.preprocess: Preprocess | None = None
         self.encoder_path: Path | None = None
         self.encoder_sha256: str | None = None
@@ -107,6 +119,7 @@ class LatentDQNConfig(AlgorithmConfig):
         self.run_id = ""
         self.settings = DQNSettings()
         self.q = QConfig()
+        self.elbo = ElboSettings()
         self.z_shape: tuple[int, ...] = ()  # read from the encoder by validate()
         self.bundle: SharedBundle | None = None  # put into the object store by the algorithm
         self.training()
@@ -115,17 +128,28 @@ class LatentDQNConfig(AlgorithmConfig):
         """What is played and what Q reads.
 
         Args:
-            choices: Any of `preprocess` (of the environment's frames), `mode` ("frozen", "finetune" or "pixels"),
-                `encoder` (folder of an encoder bundle; not for pixels), `encoder_sha256` (what the bundle must hash
-                to), `encoder_config` (its architecture, where pixels mode has one), `q` (a QConfig), `env_factory`
-                (callable (preprocess, num_envs, num_threads) -> VectorAtari; the ALE by default) and `run_id` (written
-                into checkpoints; only this run's are resumed).
+            choices: Any of `preprocess` (of the environment's frames), `mode` ("frozen", "finetune", "online" or
+                "pixels"), `encoder` (folder of an encoder bundle; not for pixels, and in online mode as you like),
+                `encoder_sha256` (what the bundle must hash to), `encoder_config` (the architecture of one that starts
+                from nothing), `q` (a QConfig), `elbo` (ElboSettings of the modes whose encoder learns on its bound),
+                `env_factory` (callable (preprocess, num_envs, num_threads) -> VectorAtari; the ALE by default) and
+                `run_id` (written into checkpoints; only this run's are resumed).
 
         Raises:
             UserError: An unknown choice.
         """
         fields = {"encoder": "encoder_path"}
-        known = ("preprocess", "mode", "encoder", "encoder_sha256", "encoder_config", "q", "env_factory", "run_id")
+        known = {
+            "preprocess",
+            "mode",
+            "encoder",
+            "encoder_sha256",
+            "encoder_config",
+            "q",
+            "elbo",
+            "env_factory",
+            "run_id",
+        }
         for name, value in choices.items():
             if name not in known:
                 raise UserError(f"unknown choice {name!r} of LatentDQNConfig.latent; it takes {', '.join(known)}")
@@ -185,6 +209,7 @@ class LatentDQNConfig(AlgorithmConfig):
         self._refuse_unsupported()
         self._check_choices()
         self.settings.check(self.num_lanes)
+        self.elbo.check()
         self._read_encoder()
         if self.q.grid_channels:
             GridConvolution(self.settings.stack, self.z_shape, self.q.grid_channels)
@@ -194,11 +219,12 @@ class LatentDQNConfig(AlgorithmConfig):
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint and the algorithm that restores it must have in common, as plain values."""
-        architecture = self.encoder_config if self.mode == PIXELS else None
+        architecture = self.encoder_config if self.encoder_path is None else None
         settings = {
             f"train.{name}": value for name, value in vars(self.settings).items() if name not in self.MAY_CHANGE
         }
         q = {f"q.{name}": value for name, value in vars(self.q).items()}
+        elbo = {f"elbo.{name}": value for name, value in vars(self.elbo).items()} if self.learns_bound else {}
         return {
             "mode": self.mode,
             "preprocess": dataclasses.asdict(self.preprocess) if self.preprocess else None,
@@ -207,6 +233,7 @@ class LatentDQNConfig(AlgorithmConfig):
             "num_env_runners": self.num_env_runners,
             **q,
             **settings,
+            **elbo,
         }
 
     def require_identity(self, theirs: dict[str, Any], what: str) -> None:
@@ -224,7 +251,7 @@ class LatentDQNConfig(AlgorithmConfig):
     def replay_spec(self) -> ReplaySpec:
         """What the replay holds; after validate(), which reads the latents' length from the encoder."""
         assert self.preprocess is not None
-        is_latent = self.mode == "frozen"
+        is_latent = self.mode == FROZEN
         return ReplaySpec(
             num_lanes=self.num_lanes,
             lane_rows=self.settings.replay_capacity // self.num_lanes,
@@ -234,7 +261,23 @@ class LatentDQNConfig(AlgorithmConfig):
             n_step=self.settings.n_step,
             gamma=self.settings.gamma,
             priority_alpha=self.settings.priority_alpha,
+            z_dim=math.prod(self.z_shape) if self.has_cache else 0,
         )
+
+    @property
+    def learns_bound(self) -> bool:
+        """Whether the whole latent-variable model learns beside Q."""
+        return self.mode == ONLINE or (self.mode == FINETUNE and self.elbo.in_finetune)
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether the replay keeps latents beside its frames."""
+        return self.mode == ONLINE and self.elbo.q_reads == CACHE
+
+    @property
+    def reads_latents(self) -> bool:
+        """Whether what is drawn for Q is latents already."""
+        return self.mode == FROZEN or self.has_cache
 
     def _check_this_machine(self) -> None:
         needed, there = required_bytes(self.replay_spec()), free_bytes()
@@ -243,8 +286,11 @@ class LatentDQNConfig(AlgorithmConfig):
                 f"train.replay_capacity is {self.settings.replay_capacity}, which takes {needed / 2**30:.1f} GiB when "
                 f"full; this machine has {there / 2**30:.1f} GiB free; lower it"
             )
-        if self.num_learners and self.settings.batch_size % self.num_learners:
-            what = f"train.batch_size is {self.settings.batch_size}"
+        sizes = {"train": self.settings.batch_size} | ({"elbo": self.elbo.batch_size} if self.learns_bound else {})
+        for group, size in sizes.items():
+            if not self.num_learners or size % self.num_learners == 0:
+                continue
+            what = f"{group}.batch_size is {size}"
             raise UserError(f"{what}, which {self.num_learners} learners cannot share evenly; make it a multiple")
         gpus = self.num_gpus_per_learner
         if not 0 <= gpus <= 1 or (gpus % 1 and self.num_learners > 1):  # NCCL refuses two processes on one GPU
@@ -289,7 +335,7 @@ class LatentDQNConfig(AlgorithmConfig):
     @property
     def learner_threads(self) -> int:
         """Threads of torch in each learner."""
-        if self.settings.learner_threads or self.mode == "frozen":
+        if self.settings.learner_threads or self.mode == FROZEN:
             return self.settings.learner_threads or 1
         return max(1, min(_MOST_LEARNER_THREADS, (os.cpu_count() or 1) // max(1, self.num_learners)))
 
@@ -315,12 +361,15 @@ class LatentDQNConfig(AlgorithmConfig):
         if self.preprocess is None:
             raise UserError("no preprocess given; pass latent(preprocess=preprocess_for(GAME))")
         self.q.check(self.mode)
-        if self.mode == "pixels" and self.q.torso != NATURE and self.encoder_config is None:
+        if self.mode == PIXELS and self.q.torso != NATURE and self.encoder_config is None:
             raise UserError("mode pixels needs an architecture; pass latent(encoder_config=...), or q.torso 'nature'")
-        if self.mode == "pixels" and self.encoder_path is not None:
+        if self.mode == PIXELS and self.encoder_path is not None:
             raise UserError(f"mode pixels takes no encoder, and {self.encoder_path} was given; drop one of the two")
-        if self.mode != "pixels" and self.encoder_path is None:
+        if self.mode in (FROZEN, FINETUNE) and self.encoder_path is None:
             raise UserError(f"mode {self.mode} needs an encoder bundle; pass latent(encoder=FOLDER)")
+        if self.mode == ONLINE and self.encoder_path is None and self.encoder_config is None:
+            what = "mode online needs an encoder bundle, or an architecture to start from nothing"
+            raise UserError(f"{what}; pass latent(encoder=FOLDER) or latent(encoder_config=...)")
 
     def _read_encoder(self) -> None:
         assert self.preprocess is not None
@@ -381,7 +430,7 @@ class LatentDQNConfig(AlgorithmConfig):
             spaces[INPUT_ENV_SINGLE_SPACES] if env is None else (env.single_observation_space, env.single_action_space)
         )
         pieces: list[Any] = [StackObservations(stack=self.settings.stack)]
-        if self.mode == "frozen":
+        if self.mode == FROZEN:
             assert self.bundle is not None
             assert self.preprocess is not None
             z_dim = math.prod(self.z_shape)

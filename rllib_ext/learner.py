@@ -23,15 +23,17 @@ from torch import Tensor, nn
 from pipeline import artifact
 from pipeline.precision import autocast, resolve_precision
 from rllib_ext import compat, losses
+from rllib_ext.bound import BoundUpdates
 from rllib_ext.graph import GraphedUpdate
 from rllib_ext.losses import TDLoss
 from rllib_ext.module import QF_NEXT_CHOOSER, QF_OUTPUTS, QF_TARGET_NEXT_OUTPUTS, LatentQModule
 from rllib_ext.networks import blend
 from rllib_ext.replay import Transitions
-from rllib_ext.settings import DQNSettings
+from rllib_ext.settings import FINETUNE, ONLINE, DQNSettings
 
 HEAD = "head"
 ENCODER = "encoder"
+_BOUND = "bound"  # in a state
 _DDP = {"broadcast_buffers": False, "gradient_as_bucket_view": True}  # buffers never change; one copy less
 
 
@@ -39,12 +41,14 @@ class LearnerReport(NamedTuple):
     """What a learner tells of one call; plain numpy.
 
     `ids` (N,) int64 of its own rows, in their order; `td_errors` (N,) float32, absolute, or of distributions the KL
-    divergence; `figures` means over its own rows: `td_loss`, `q_mean`, `td_error_mean`, `grad_norm` (before clipping;
-    only where gradients are clipped) and `update_s`, seconds of one update.
+    divergence; `num_diverged` updates with a value beyond any return that rewards, clipped as they are, can sum to;
+    `figures` means over its own rows: `td_loss`, `q_mean`, `td_error_mean`, `grad_norm` (before clipping; only where
+    gradients are clipped) and `update_s`, seconds of one update.
     """
 
     ids: NDArray[np.int64]
     td_errors: NDArray[np.float32]
+    num_diverged: int
     figures: dict[str, float]
 
 
@@ -67,12 +71,60 @@ class LatentDQNLearner(TorchLearner):
         self._latents = {name: torch.empty(0) for name in ("obs", "next_obs")}
         self.q_module: LatentQModule = self.module[DEFAULT_MODULE_ID].unwrapped()
         self.q_module.make_target_networks()
+        self.bound = self._bound_updates() if self.config.learns_bound else None
+
+    def _bound_updates(self) -> BoundUpdates:
+        """In mode finetune the model's encoder is the one that Q trains too; in mode online Q reads copies of it."""
+        model = self.q_module.spec.build_model().to(self.device)
+        encoder = self.q_module.network.encoder
+        if self.config.mode == FINETUNE:
+            model.encoder = encoder.net
+        rank, count = compat.learner_rank(self), max(1, self.config.num_learners)
+        return BoundUpdates(model, self.config.elbo, self._dtype, rank, count)
+
+    def update_bound(self, frames: NDArray[np.uint8]) -> dict[str, float]:
+        """Makes updates on the bound; see BoundUpdates.update."""
+        assert self.bound is not None
+        return self.bound.update(frames)
+
+    def initialise_model(self, frames: NDArray[np.uint8]) -> None:
+        """Sets what a model that starts from nothing takes from frames (N, H, W)."""
+        assert self.bound is not None
+        self.bound.initialise(frames)
+
+    def publish_encoder(self, fresh: NDArray[np.uint8], old: NDArray[np.uint8], tau: float) -> dict[str, float]:
+        """Makes the newest encoder the one that Q reads with; see BoundUpdates.look_at for arguments and figures.
+
+        Args:
+            fresh: (N, H, W).
+            old: (N, H, W).
+            tau: Share of it that is blended into the target network's own; 1 copies.
+        """
+        assert self.bound is not None
+        if self.config.mode == ONLINE:
+            network, target = self.q_module.network, self.q_module.target
+            blend(network.encoder.net, self.bound.model.encoder, 1.0)
+            blend(target.encoder.net, network.encoder.net, tau)
+            compat.count_call(self)
+        return self.bound.look_at(fresh, old)
+
+    def reading_encoders(self) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
+        """Parameters of the encoders of the online and of the target network, by name."""
+        both = (self.q_module.network.encoder, self.q_module.target.encoder)
+        online, target = ({k: v.cpu().numpy().copy() for k, v in net.state_dict().items()} for net in both)
+        return online, target
+
+    def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """RLlib's, and the model that learns on its bound with its optimizer."""
+        state: dict[str, Any] = super().get_state(*args, **kwargs)
+        is_whole = not args and kwargs.get("components") is None
+        return {**state, _BOUND: self.bound.state()} if self.bound is not None and is_whole else state
 
     def configure_optimizers_for_module(self, module_id: str, config: Any = None) -> None:
         """One named Adam per part: "head", and "encoder" where the module holds one."""
         network, settings = self.module[module_id].unwrapped().network, self.settings
         self._register_adam(module_id, HEAD, network.head, settings.lr)
-        if network.encoder is not None:
+        if network.encoder is not None and self.config.mode != ONLINE:
             is_pretrained = self.config.mode == "finetune"
             self._register_adam(
                 module_id, ENCODER, network.encoder, settings.encoder_lr if is_pretrained else settings.lr
@@ -94,6 +146,8 @@ class LatentDQNLearner(TorchLearner):
             for _, optimizer in self.get_optimizers_for_module(DEFAULT_MODULE_ID)
         ]
         super().set_state(state)
+        if self.bound is not None and _BOUND in state:
+            self.bound.set_state(state[_BOUND])
         for optimizer, by_group in settings:
             for group, kept in zip(optimizer.param_groups, by_group, strict=True):
                 group.update(kept)
@@ -138,7 +192,16 @@ class LatentDQNLearner(TorchLearner):
             norms = grad_norms if self._on_cpu else torch.stack(grad_norms).tolist()  # waits for the GPU once
             figures["grad_norm"] = float(np.mean(norms))
         figures["update_s"] = (time.perf_counter() - started) / len(steps)
-        return LearnerReport(own.ids.reshape(-1), td_errors.cpu().numpy(), figures)
+        diverged = self._num_diverged(values.view(len(steps), -1))
+        return LearnerReport(own.ids.reshape(-1), td_errors.cpu().numpy(), diverged, figures)
+
+    def _num_diverged(self, values: Tensor) -> int:
+        """Of updates (U, ...), how many had values that are soft-divergent (van Hasselt et al. 2018, section 3.1)."""
+        settings = self.settings
+        if not settings.reward_clip or settings.gamma == 1.0:
+            return 0
+        greatest = settings.reward_clip / (1 - settings.gamma)
+        return int((values.abs().amax(1) > greatest).sum())
 
     def _own_share(self, drawn: Transitions) -> Transitions:
         """Rows (U, b, ...) of this learner: a contiguous part of every minibatch."""
@@ -186,7 +249,7 @@ class LatentDQNLearner(TorchLearner):
 
     @property
     def _is_target_for_one(self) -> bool:
-        return self.settings.target_tau > 0 or self.q_module.network.encoder is not None
+        return self.settings.target_tau > 0 or not self.config.reads_latents
 
     def _target_outputs(self, next_obs: Tensor) -> Tensor:
         """(U, b, K, ...) -> the target network's outputs (U, b, A) or (U, b, A, N)."""
@@ -245,9 +308,11 @@ class LatentDQNLearner(TorchLearner):
         return norm
 
     def _move_target(self, updates: int) -> None:
-        settings = self.settings
+        settings, target, online = self.settings, self.q_module.target, self.q_module.network
         if settings.target_tau > 0 or updates % settings.target_update_updates == 0:
-            blend(self.q_module.target, self.q_module.network, settings.target_tau or 1.0)
+            if self.config.mode == ONLINE:  # the encoder moves when a version is published
+                target, online = target.head, online.head
+            blend(target, online, settings.target_tau or 1.0)
 
     def weights_sha256(self) -> str | None:
         """Hash of the encoder's parameters inside the module; None where it holds no encoder."""

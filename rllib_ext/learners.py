@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import ray
+from numpy.typing import NDArray
 from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_METRICS_LOGGER, DEFAULT_MODULE_ID
 from ray.rllib.core.learner.learner_group import LearnerGroup
 from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
@@ -29,10 +31,39 @@ class Learners:
         shared = ray.put(drawn) if self._group.is_remote else drawn
         return _values(self._group.foreach_learner(_update, drawn=shared, updates_before=updates_before))
 
+    def initialise_model(self, frames: NDArray[np.uint8]) -> None:
+        """Sets what a model that starts from nothing takes from frames (N, H, W)."""
+        self._everywhere(LatentDQNLearner.initialise_model, frames)
+
+    def update_bound(self, frames: NDArray[np.uint8]) -> dict[str, float]:
+        """Updates on the bound by all of U * B frames (N, H, W); the first learner's figures."""
+        return self._everywhere(LatentDQNLearner.update_bound, frames)[0]
+
+    def publish_encoder(self, fresh: NDArray[np.uint8], old: NDArray[np.uint8], tau: float) -> dict[str, float]:
+        """See LatentDQNLearner.publish_encoder; the first learner's figures."""
+        return self._everywhere(LatentDQNLearner.publish_encoder, fresh, old, tau)[0]
+
+    def reading_encoders(self) -> tuple[Arrays, Arrays]:
+        """Parameters of the encoders that online and target network read with."""
+        both: tuple[Arrays, Arrays] = self._of_first(LatentDQNLearner.reading_encoders)
+        return both
+
+    def model_weights(self) -> Arrays:
+        """Of the model that learns on its bound, parameter name to array."""
+        weights: Arrays = self._of_first(_model_weights)
+        return weights
+
+    def _everywhere(self, function: Callable[..., Any], frames: NDArray[np.uint8], *others: Any) -> list[Any]:
+        shared = ray.put(frames) if self._group.is_remote else frames
+        return _values(self._group.foreach_learner(_call, function=function, frames=shared, others=others))
+
+    def _of_first(self, function: Callable[[LatentDQNLearner], Any]) -> Any:
+        (value,) = _values(self._group.foreach_learner(function, remote_actor_ids=[0]))
+        return value
+
     def inference_state(self) -> Arrays:
         """The online network: parameter name to array."""
-        state: Arrays
-        (state,) = _values(self._group.foreach_learner(_inference_state, remote_actor_ids=[0]))
+        state: Arrays = self._of_first(_inference_state)
         return state
 
     def encoder_sha256s(self) -> list[str | None]:
@@ -63,6 +94,16 @@ def _values(results: Any) -> list[Any]:
 def _update(learner: LatentDQNLearner, drawn: Any, updates_before: int) -> LearnerReport:
     transitions = ray.get(drawn) if isinstance(drawn, ray.ObjectRef) else drawn
     return learner.update_drawn(transitions, updates_before=updates_before)
+
+
+def _call(learner: LatentDQNLearner, function: Callable[..., Any], frames: Any, others: tuple[Any, ...]) -> Any:
+    return function(learner, ray.get(frames) if isinstance(frames, ray.ObjectRef) else frames, *others)
+
+
+def _model_weights(learner: LatentDQNLearner) -> Arrays:
+    assert learner.bound is not None
+    weights: Arrays = learner.bound.state()["weights"]
+    return weights
 
 
 def _inference_state(learner: LatentDQNLearner) -> Arrays:

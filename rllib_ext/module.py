@@ -1,8 +1,10 @@
-"""The Q module of RLlib's new API stack, in three modes.
+"""The Q module of RLlib's new API stack, in four modes.
 
     frozen    reads stacked latents; the encoder is not in the module at all, so that online and target network
               read the same latents: they share it by construction
     finetune  reads stacked frames; the pretrained encoder is inside and trained with its own rate
+    online    reads stacked frames, or latents that are kept for them; the encoder is inside and has no gradient from Q:
+              rllib_ext.bound trains it, beside its decoder, and publishes versions of it
     pixels    reads stacked frames; the same encoder architecture from scratch, or the convolutions of the DQN paper:
               the baselines
 
@@ -23,11 +25,12 @@ from ray.rllib.core.rl_module.apis import InferenceOnlyAPI, QNetAPI, TargetNetwo
 from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
 from torch import Tensor
 
-from pipeline import artifact
+from pipeline import artifact, models
 from pipeline.artifact import Encoder
+from pipeline.models.latent import LatentModel
 from pipeline.schema import Preprocess
 from rllib_ext.networks import NatureConvolutions, QNetwork, q_network
-from rllib_ext.settings import NATURE, DQNSettings, QConfig
+from rllib_ext.settings import FROZEN, NATURE, ONLINE, DQNSettings, QConfig
 from rllib_ext.shared_bundle import SharedBundle
 
 QF_PREDS = "qf_preds"  # values (B, A); RLlib's name
@@ -42,13 +45,13 @@ class QModuleSpec:
     """What it takes to build the module on a learner or a rollout worker.
 
     Attributes:
-        mode: "frozen", "finetune" or "pixels".
+        mode: "frozen", "finetune", "online" or "pixels".
         preprocess: The environment's frames.
         z_shape: Shape of a latent, or (features,) of a torso that reads the stack.
         q: The head, and the torso.
         settings: The run's settings (stack, double).
         encoder_config: The encoder's architecture.
-        bundle: The pretrained encoder; None in pixels mode.
+        bundle: The pretrained encoder; None where it starts from nothing.
     """
 
     mode: str
@@ -61,14 +64,21 @@ class QModuleSpec:
 
     def build_encoder(self) -> Encoder | NatureConvolutions | None:
         """The encoder that belongs inside the module; None in frozen mode."""
-        if self.mode == "frozen":
+        if self.mode == FROZEN:
             return None
-        if self.mode == "finetune":
-            assert self.bundle is not None
-            return self.bundle.load(self.preprocess)
         if self.q.torso == NATURE:
             return NatureConvolutions(self.settings.stack, self.preprocess.height, self.preprocess.width)
-        return artifact.from_scratch(self.encoder_config, self.preprocess)
+        if self.bundle is None:
+            encoder = artifact.from_scratch(self.encoder_config, self.preprocess)
+        else:
+            encoder = self.bundle.load(self.preprocess)
+        return encoder.requires_grad_(self.mode != ONLINE)
+
+    def build_model(self) -> LatentModel:
+        """The whole latent-variable model that goes on learning on its bound."""
+        if self.bundle is not None:
+            return self.bundle.load_model()
+        return models.build(self.encoder_config.for_frames(self.preprocess.height, self.preprocess.width))
 
     def build_network(self, num_actions: int) -> QNetwork:
         """The online network with fresh head weights."""

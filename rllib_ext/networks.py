@@ -156,11 +156,11 @@ class QNetwork(nn.Module):
         self.encoder = encoder
 
     def outputs(self, obs: Tensor) -> Tensor:
-        """(B, K, Z) latents, or (B, K, H, W) uint8 frames where there is an encoder -> the head's outputs."""
+        """(B, K, Z) latents, float, or (B, K, H, W) uint8 frames where there is an encoder -> the head's outputs."""
         return self.head.outputs(self._features(obs))
 
     def _features(self, obs: Tensor) -> Tensor:
-        if self.encoder is None:
+        if self.encoder is None or obs.is_floating_point():
             return obs
         if isinstance(self.encoder, NatureConvolutions):
             return self.encoder(obs)[:, None]

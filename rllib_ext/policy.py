@@ -1,8 +1,8 @@
 """A trained policy on disk and in plain torch: what evaluation, collection and reports take. No Ray, no pickle.
 
     config.json      mode, sizes, action names, the encoder's address, version and sha256
-    q.safetensors    the head; in finetune and pixels mode the trained encoder's weights too
-    encoder/         the encoder bundle that the run started from (not in pixels mode)
+    q.safetensors    the head; outside frozen mode the trained encoder's weights too
+    encoder/         the encoder bundle that the run started from, where it did not start from nothing
     preprocess.json  how frames are made
     README.md        model card
     SHA256SUMS       one line a file; its own sha256 names the bundle
@@ -33,7 +33,7 @@ from pipeline.schema import Preprocess
 from pipeline.untrusted import from_record, read_json, short
 from pipeline.weights import load_weights
 from rllib_ext.networks import NatureConvolutions, QNetwork, q_network
-from rllib_ext.settings import FROZEN, MODES, PIXELS, QConfig
+from rllib_ext.settings import FROZEN, MODES, ONLINE, PIXELS, QConfig
 from rllib_ext.stacking import RollingStack
 
 CONFIG_FILE = "config.json"
@@ -49,12 +49,12 @@ class PolicyConfig:
     """What a policy is, as `config.json` holds it.
 
     Attributes:
-        mode: "frozen", "finetune" or "pixels".
+        mode: "frozen", "finetune", "online" or "pixels".
         stack: Latents that the head reads.
         z_shape: Shape of a latent, or (features,) of a torso that reads the stack.
         q: The head, and the torso.
         action_names: One a value of the head.
-        encoder: Address, version and sha256 of the encoder the run started from; None in pixels mode.
+        encoder: Address, version and sha256 of the encoder the run started from; None where from nothing.
         encoder_config: The encoder's architecture, as `pipeline.models.to_record` writes it; None of another torso.
     """
 
@@ -78,7 +78,8 @@ class PolicyConfig:
             UserError: Unknown or missing keys, or values that no policy can have.
         """
         config = from_record(cls, record, what)
-        if config.mode not in MODES or (config.mode == PIXELS) != (config.encoder is None):
+        is_from_nothing = config.encoder is None
+        if config.mode not in MODES or (config.mode != ONLINE and (config.mode == PIXELS) != is_from_nothing):
             raise UserError(f"{what}: a policy of mode {short(config.mode)} cannot be, with encoder {config.encoder}")
         if not 1 <= config.stack <= MOST_STACK or not 1 <= len(config.z_shape) <= 3 or min(config.z_shape) < 1:
             raise UserError(f"{what}: stack {config.stack} and z_shape {short(config.z_shape)} make no network")
@@ -160,7 +161,7 @@ def save_policy(
         config: What the policy is.
         preprocess: How its frames are made.
         weights: Parameters of the network: "head...." and, outside frozen mode, "encoder....".
-        encoder_bundle: The encoder the run started from; None in pixels mode.
+        encoder_bundle: The encoder the run started from; None where from nothing.
         card: Facts for the model card, in order.
 
     Returns:
@@ -220,7 +221,7 @@ def _loaded(path: Path, config: PolicyConfig, preprocess: Preprocess) -> Policy:
 
 
 def _bundled_encoder(path: Path, config: PolicyConfig, preprocess: Preprocess) -> Encoder | None:
-    """The encoder that the run started from; None in pixels mode."""
+    """The encoder that the run started from; None where it started from nothing."""
     if config.encoder is None:
         return None
     expected = config.encoder["sha256"]

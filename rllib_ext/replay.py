@@ -17,6 +17,12 @@ and, worked out once when the rows that decide it have arrived:
     returns    the discounted sum of the rewards up to the bootstrap
     ahead      how many rows further the observation to bootstrap from lies; 0 where the bootstrap ended
 
+Where an encoder goes on learning, three columns more keep latents of the frames, which `rllib_ext.cache` makes:
+
+    z          by the encoder that Q reads with, float16; drawn as `obs`
+    z_target   by the target network's own; drawn as `next_obs`
+    version    of the encoder that made them
+
 With priorities, a sum tree holds one leaf a row: greater than 0 exactly where `is_start` is.
 
 A transition's id is row * L + lane, its row counted from the lane's first ever. Rows are never counted anew when the
@@ -30,26 +36,15 @@ a slot's index over all lanes, lane * C + row % C.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rllib_ext.replay_spec import ReplaySpec, required_bytes
 from rllib_ext.stacking import stack_positions
-from rllib_ext.sum_tree import SumTree, tree_bytes
+from rllib_ext.sum_tree import SumTree
 
-COLUMNS: dict[str, np.dtype[Any]] = {
-    "action": np.dtype(np.uint16),
-    "reward": np.dtype(np.float32),
-    "terminated": np.dtype(np.bool_),
-    "truncated": np.dtype(np.bool_),
-    "is_last": np.dtype(np.bool_),
-    "age": np.dtype(np.int32),
-    "is_start": np.dtype(np.bool_),
-    "returns": np.dtype(np.float32),
-    "ahead": np.dtype(np.int16),
-}
 _SENT = ("obs", "action", "reward", "terminated", "truncated", "is_last")
 _LEAST_TD_ERROR = 1e-6  # keeps every transition drawable
 _MAX_DRAWS = 1_000
@@ -89,39 +84,6 @@ class Transitions(NamedTuple):
     weights: NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class ReplaySpec:
-    """What a replay holds and how it is read.
-
-    Attributes:
-        num_lanes: L.
-        lane_rows: C.
-        obs_shape: Shape of one observation.
-        obs_dtype: uint8 (frames) or float16 (latents), as numpy names it.
-        stack: K.
-        n_step: Greatest number of rewards in a return.
-        gamma: Discount per step.
-        priority_alpha: A transition is drawn in proportion to |TD error| to this power; 0 draws uniformly.
-    """
-
-    num_lanes: int
-    lane_rows: int
-    obs_shape: tuple[int, ...]
-    obs_dtype: str
-    stack: int
-    n_step: int
-    gamma: float
-    priority_alpha: float = 0.0
-
-
-def required_bytes(spec: ReplaySpec) -> int:
-    """Bytes that a full replay takes: all columns and the tree."""
-    obs = math.prod(spec.obs_shape) * np.dtype(spec.obs_dtype).itemsize
-    num_rows = spec.num_lanes * spec.lane_rows
-    columns = num_rows * (obs + sum(dtype.itemsize for dtype in COLUMNS.values()))
-    return columns + (tree_bytes(num_rows) if spec.priority_alpha else 0)
-
-
 class ColumnarReplay:
     """The rings, how they are filled, and draws from them.
 
@@ -138,9 +100,11 @@ class ColumnarReplay:
         """Reserves memory for all rows; the system hands pages out as they are first written."""
         self.spec = spec
         self.rng = np.random.default_rng(seed)
-        shape = (spec.num_lanes, spec.lane_rows)
-        self.columns: dict[str, NDArray[Any]] = {name: np.zeros(shape, dtype) for name, dtype in COLUMNS.items()}
-        self.columns["obs"] = np.empty((*shape, *spec.obs_shape), spec.obs_dtype)
+        rings = (spec.num_lanes, spec.lane_rows)
+        self.columns: dict[str, NDArray[Any]] = {
+            name: np.zeros((*rings, *shape), dtype) for name, (dtype, shape) in spec.columns.items()
+        }
+        self._read = {"obs": "z", "next_obs": "z_target"} if spec.z_dim else {"obs": "obs", "next_obs": "obs"}
         self._flat = {name: column.reshape(-1, *column.shape[2:]) for name, column in self.columns.items()}
         self.written = np.zeros(spec.num_lanes, np.int64)
         self.tree = SumTree(spec.num_lanes * spec.lane_rows) if spec.priority_alpha else None
@@ -241,14 +205,44 @@ class ColumnarReplay:
         """The transitions of ids of which `is_start` holds, with weights of 1; memory as of `sample`."""
         return self._gather(self._places_of(ids), np.ones(len(ids), np.float32))
 
-    def _draw_uniform(self, num_drawn: int) -> NDArray[np.int64]:
+    def held_places(self, picks: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(N,) places of the rows held, counted lane by lane: picks (N,) from 0 to `len(self)` - 1."""
         held = np.minimum(self.written, self.spec.lane_rows)
         ends = np.cumsum(held)
-        places = np.empty(0, np.int64)
+        lane = np.searchsorted(ends, picks, side="right")
+        places: NDArray[np.int64] = lane * self.spec.lane_rows + picks - (ends - held).take(lane)
+        return places
+
+    def draw_rows(self, count: int) -> NDArray[np.int64]:
+        """Places (count,) of rows held, each equally likely, with replacement."""
+        return self.held_places(self.rng.integers(0, len(self), count))
+
+    def newest_places(self, first_lane: int, num_lanes: int, num_rows: int) -> NDArray[np.int64]:
+        """(R, E) places of the newest rows of some lanes, oldest first; R is less where fewer are held."""
+        lanes = np.arange(first_lane, first_lane + num_lanes)
+        num_rows = int(min(num_rows, self.spec.lane_rows, self.written[lanes].min()))
+        return self._places(lanes, self.written[lanes] + np.arange(-num_rows, 0)[:, None])
+
+    def oldest_places(self, num_rows: int) -> NDArray[np.int64]:
+        """(R, L) places of the oldest rows held of every lane, R at most `num_rows`."""
+        lanes = np.arange(self.spec.num_lanes)
+        held = np.minimum(self.written, self.spec.lane_rows)
+        return self._places(lanes, self.written - held + np.arange(min(num_rows, int(held.min())))[:, None])
+
+    def rows_at(self, name: str, places: NDArray[np.int64]) -> NDArray[Any]:
+        """A copy of a column's rows (N, ...) at places (N,)."""
+        rows: NDArray[Any] = self._flat[name].take(places, axis=0)
+        return rows
+
+    def set_latents(self, places: NDArray[np.int64], z: NDArray[Any], z_target: NDArray[Any], version: int) -> None:
+        """Sets latents (N, Z), both kinds, at places (N,), and the version that made them."""
+        for name, value in (("z", z), ("z_target", z_target), ("version", version)):
+            self._flat[name][places] = value
+
+    def _draw_uniform(self, num_drawn: int) -> NDArray[np.int64]:
+        num_held, places = len(self), np.empty(0, np.int64)
         for _ in range(_MAX_DRAWS):
-            pick = self.rng.integers(0, ends[-1], num_drawn - len(places))
-            lane = np.searchsorted(ends, pick, side="right")
-            drawn = lane * self.spec.lane_rows + pick - (ends - held).take(lane)
+            drawn = self.held_places(self.rng.integers(0, num_held, num_drawn - len(places)))
             places = np.append(places, drawn[self._flat["is_start"].take(drawn)])
             if len(places) == num_drawn:
                 return places
@@ -278,10 +272,11 @@ class ColumnarReplay:
 
     def _observations(self, name: str, positions: NDArray[np.int64]) -> NDArray[Any]:
         """Gathers into memory of its own: fresh blocks of megabytes cost page faults and leave holes in the heap."""
+        column = self._flat[self._read[name]]
         if len(self._drawn.get(name, ())) < len(positions):
-            self._drawn[name] = np.empty((*positions.shape, *self.spec.obs_shape), self.spec.obs_dtype)
+            self._drawn[name] = np.empty((*positions.shape, *column.shape[1:]), column.dtype)
         drawn = self._drawn[name][: len(positions)]
-        self._flat["obs"].take(positions, axis=0, out=drawn, mode="clip")  # "raise" would gather twice
+        column.take(positions, axis=0, out=drawn, mode="clip")  # "raise" would gather twice
         return drawn
 
     def _places(self, lanes: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -1,7 +1,7 @@
 """A replay on disk: .npy files and one JSON file; no pickle.
 
 replay.json       settings, counters, the state of the generator
-COLUMN.npy        one a small column, (L, rows held), whole
+COLUMN.npy        one a column but obs, (L, rows held, ...), whole
 priorities.npy    the leaves of the sum tree, (L, rows held) float64; only where draws are prioritised
 obs-00000.npy     observations, (L, rows of a segment, ...), one a segment of every ring
 
@@ -24,11 +24,13 @@ from numpy.typing import NDArray
 
 from pipeline.errors import UserError, reading
 from pipeline.untrusted import converted, from_record, read_json, short
-from rllib_ext.replay import COLUMNS, ColumnarReplay, ReplaySpec
+from rllib_ext.replay import ColumnarReplay
+from rllib_ext.replay_spec import ReplaySpec
 
 _RECORD = "replay.json"
 _FORMAT = 3
 _PRIORITIES = "priorities"
+_ADDED = {"z_dim": 0}  # to the spec, since the first version of this format
 _SEGMENT_BYTES = 32 * 2**20
 
 
@@ -82,7 +84,7 @@ def load_replay(folder: Path, expected: ReplaySpec) -> ColumnarReplay:
             f"resume with the version that wrote it, or start the run anew"
         )
     with reading(f"the replay in {folder}", "restore it, or start the run anew"):
-        spec = from_record(ReplaySpec, record["spec"], "its spec")
+        spec = from_record(ReplaySpec, _ADDED | record["spec"], "its spec")
         if spec != expected:
             raise UserError(
                 f"the replay in {folder} was made with {spec}, this run asks for {expected}; resume with the settings "
@@ -102,7 +104,7 @@ def _read_columns(replay: ColumnarReplay, folder: Path, segment_rows: int) -> No
     if replay.written.min() < 0 or segment_rows < 1 or replay.max_priority <= 0:
         raise ValueError("its counters are not above 0")
     filled = _rows_filled(replay)
-    for name in COLUMNS:
+    for name in _whole_columns(replay):
         _fill(replay.columns[name][:, :filled], folder / f"{name}.npy")
     if not (replay.columns["age"] >= 0).all() or not _within(replay.columns["ahead"], 0, replay.spec.n_step):
         raise ValueError("its rows point at rows that it does not hold")
@@ -135,10 +137,14 @@ def _within(column: NDArray[Any], least: int, most: int) -> bool:
 
 
 def _small_columns(replay: ColumnarReplay) -> dict[str, NDArray[Any]]:
-    columns = {name: replay.columns[name] for name in COLUMNS}
+    columns = {name: replay.columns[name] for name in _whole_columns(replay)}
     if replay.tree is not None:
         columns[_PRIORITIES] = replay.tree.weights.reshape(replay.spec.num_lanes, replay.spec.lane_rows)
     return columns
+
+
+def _whole_columns(replay: ColumnarReplay) -> list[str]:
+    return [name for name in replay.spec.columns if name != "obs"]
 
 
 def _rows_filled(replay: ColumnarReplay) -> int:

@@ -17,11 +17,12 @@ from pipeline.untrusted import short
 
 T = TypeVar("T")
 
-FROZEN, FINETUNE, PIXELS = "frozen", "finetune", "pixels"
-MODES = (FROZEN, FINETUNE, PIXELS)
+FROZEN, FINETUNE, ONLINE, PIXELS = "frozen", "finetune", "online", "pixels"
+MODES = (FROZEN, FINETUNE, ONLINE, PIXELS)
 MOST_LAYERS, MOST_WIDTH = 16, 8192
 ENCODER_TORSO, NATURE = "encoder", "nature"
 TORSOS = (ENCODER_TORSO, NATURE)
+CACHE, EXACT = "cache", "exact"
 _CHOICES = {"exploration": ("schedule", "apex"), "precision": ("float32", "bf16", "auto")}
 
 
@@ -84,6 +85,52 @@ class QConfig:
                 f"q.torso is {self.torso!r}, and mode {mode} reads frames with the pretrained encoder; leave it at "
                 f"{ENCODER_TORSO!r}, or take mode {PIXELS}"
             )
+
+
+@dataclass(frozen=True)
+class ElboSettings:
+    """How the latent-variable model goes on learning on its bound, from the replay's frames, beside the Q-learning.
+
+    Attributes:
+        updates_per_agent_step: Cumulative updates on the bound over agent steps after their own warm-up.
+        warmup_agent_steps: Agent steps that are not counted for that; the first update comes with Q's first one.
+        scratch_updates: Updates in one go before Q's first one, where the model starts from nothing.
+        batch_size: Frames per update, each of the replay's equally likely.
+        lr: Adam's rate, for encoder and decoder.
+        grad_clip: Greatest norm of a gradient, nats per pixel; 0 leaves gradients alone.
+        publish_updates: Updates between two versions of the encoder that Q and the rollout workers read with.
+        target_tau: Share of each new version that is blended into the target network's own encoder.
+        q_reads: "cache": latents that the replay keeps beside its frames, some made by earlier versions; "exact": every
+            drawn frame is encoded anew.
+        refresh_rows_per_update: Rows of the cache that are made anew for every update of Q, in turn.
+        in_finetune: Whether mode finetune makes such updates too, beside those on the TD error.
+    """
+
+    updates_per_agent_step: float = 0.0625
+    warmup_agent_steps: int = 1_000
+    scratch_updates: int = 500
+    batch_size: int = 64
+    lr: float = 3e-4
+    grad_clip: float = 15.0
+    publish_updates: int = 50
+    target_tau: float = 0.1
+    q_reads: str = CACHE
+    refresh_rows_per_update: int = 16
+    in_finetune: bool = False
+
+    def due_updates(self, agent_steps: int) -> int:
+        """Updates on the bound that the ratio allows in total after so many agent steps."""
+        return max(0, int((agent_steps - self.warmup_agent_steps) * self.updates_per_agent_step + 1e-9))
+
+    def check(self) -> None:
+        """Refuses values that cannot work.
+
+        Raises:
+            UserError: The first problem: what, the value seen, what to do.
+        """
+        _require_sound(self, "elbo", _ELBO_RULES)
+        if self.q_reads not in (CACHE, EXACT):
+            raise UserError(f"elbo.q_reads is {self.q_reads!r}; choose one of {CACHE}, {EXACT}")
 
 
 @dataclass(frozen=True)
@@ -210,12 +257,7 @@ class DQNSettings:
         Raises:
             UserError: The first problem: what, the value seen, what to do.
         """
-        if (wrong := wrong_type(self)) is not None:
-            raise UserError(f"train.{wrong}")
-        for name, is_sound, advice in _FIELD_RULES:
-            value = getattr(self, name)
-            if not is_sound(value):
-                raise UserError(f"train.{name} is {value}; {advice}")
+        _require_sound(self, "train", _FIELD_RULES)
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UserError(f"train.{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
@@ -257,7 +299,13 @@ class DQNSettings:
 _POSITIVE: tuple[Callable[[Any], bool], str] = (lambda v: v > 0, "it must be above 0")
 _NATURAL: tuple[Callable[[Any], bool], str] = (lambda v: v >= 0, "it must be 0 or more")
 _SHARE: tuple[Callable[[Any], bool], str] = (lambda v: 0 <= v <= 1, "it must lie between 0 and 1")
-_FIELD_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+_Rules = tuple[tuple[str, Callable[[Any], bool], str], ...]
+_ELBO_RULES: _Rules = (
+    *((name, *_POSITIVE) for name in ("updates_per_agent_step", "batch_size", "lr", "publish_updates")),
+    *((name, *_NATURAL) for name in ("warmup_agent_steps", "scratch_updates", "grad_clip", "refresh_rows_per_update")),
+    ("target_tau", lambda v: 0 < v <= 1, "it must be above 0 and at most 1"),
+)
+_FIELD_RULES: _Rules = (
     *((name, *_POSITIVE) for name in ("lr", "encoder_lr", "adam_epsilon", "batch_size", "n_step", "stack")),
     *((name, *_POSITIVE) for name in ("updates_per_agent_step", "replay_capacity", "envs_per_runner")),
     *((name, *_POSITIVE) for name in ("fragment_length", "runner_threads")),
@@ -268,6 +316,14 @@ _FIELD_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     *((name, *_SHARE) for name in ("gamma", "epsilon_start", "epsilon_end", "target_tau")),
     *((name, *_SHARE) for name in ("priority_alpha", "priority_beta")),
 )
+
+
+def _require_sound(settings: Any, prefix: str, rules: _Rules) -> None:
+    if (wrong := wrong_type(settings)) is not None:
+        raise UserError(f"{prefix}.{wrong}")
+    for name, is_sound, advice in rules:
+        if not is_sound(value := getattr(settings, name)):
+            raise UserError(f"{prefix}.{name} is {value}; {advice}")
 
 
 _TYPES: dict[str, tuple[tuple[type, ...], str]] = {

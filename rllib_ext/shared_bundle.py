@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import ray
 
 from pipeline import artifact
 from pipeline.artifact import Encoder
+from pipeline.models.latent import LatentModel
 from pipeline.schema import Preprocess
 
 
@@ -37,10 +40,20 @@ class SharedBundle:
         Raises:
             UserError: The bytes are not those that the driver sent, or the encoder's frames differ from `preprocess`.
         """
+        with self._unpacked() as path:
+            return artifact.load_encoder(path, expect_sha256=self.sha256, preprocess=preprocess)
+
+    def load_model(self) -> LatentModel:
+        """Fetches, verifies and loads the whole model, decoder included; errors as of `load`."""
+        with self._unpacked() as path:
+            return artifact.load_model(path)
+
+    @contextlib.contextmanager
+    def _unpacked(self) -> Iterator[Path]:
+        """The bundle's folder for a while, its bytes those that the driver sent."""
         blob: bytes = ray.get(self.ref)
         with tempfile.TemporaryDirectory(prefix="latentrl-encoder-") as folder:
-            path = artifact.unpack(blob, Path(folder) / "bundle", self.sha256)
-            return artifact.load_encoder(path, expect_sha256=self.sha256, preprocess=preprocess)
+            yield artifact.unpack(blob, Path(folder) / "bundle", self.sha256)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedBundle:
         """Itself: RLlib copies configurations often, and the reference never changes."""

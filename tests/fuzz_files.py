@@ -24,8 +24,9 @@ from pipeline.store import FramesDataset
 from pipeline.stream import sample_frames
 from rllib_ext.checkpoint import verify_checkpoint, write_checkpoint
 from rllib_ext.policy import PolicyConfig, load_policy, save_policy
-from rllib_ext.replay import ColumnarReplay, ReplaySpec, Rows
+from rllib_ext.replay import ColumnarReplay, Rows
 from rllib_ext.replay_files import load_replay, save_replay
+from rllib_ext.replay_spec import ReplaySpec
 from rllib_ext.settings import QConfig
 from rllib_ext.state_files import load_state, save_state
 

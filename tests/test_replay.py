@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rllib_ext.replay import ColumnarReplay, ReplaySpec, Rows, required_bytes
+from rllib_ext.replay import ColumnarReplay, Rows
+from rllib_ext.replay_spec import ReplaySpec, required_bytes
 from rllib_ext.stacking import RollingStack
 
 GAMMA = 0.9

@@ -16,8 +16,9 @@ from pipeline import bundle
 from pipeline.errors import UserError
 from rllib_ext import replay_files
 from rllib_ext.checkpoint import verify_checkpoint, write_checkpoint
-from rllib_ext.replay import ColumnarReplay, ReplaySpec
+from rllib_ext.replay import ColumnarReplay
 from rllib_ext.replay_files import load_replay, save_replay
+from rllib_ext.replay_spec import ReplaySpec
 
 SPEC = ReplaySpec(2, 64, (2,), "uint8", 2, 3, 0.9, priority_alpha=0.6)
 SEGMENT_ROWS = 4  # 16 segments

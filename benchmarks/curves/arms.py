@@ -200,6 +200,10 @@ def is_as_kept(now: Any, kept: Any) -> bool:
         return bool(plain(now) == kept)
     fields = {field.name: field for field in dataclasses.fields(now)}
     return set(kept) <= set(fields) and all(
-        is_as_kept(getattr(now, name), kept[name] if name in kept else plain(field.default))
+        is_as_kept(getattr(now, name), kept[name] if name in kept else plain(_default(field)))
         for name, field in fields.items()
     )
+
+
+def _default(of: dataclasses.Field[Any]) -> Any:
+    return of.default if of.default_factory is dataclasses.MISSING else of.default_factory()

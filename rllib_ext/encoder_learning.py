@@ -1,0 +1,132 @@
+"""The interleaved loop: an encoder that learns on the variational bound while Q learns on what it makes of frames.
+
+collect   frames go into the replay, and their latents into its cache
+improve   updates of encoder and decoder on replayed frames, as their own ratio makes due
+publish   now and then Q, rollout workers and cache take the newest encoder over; the target's own follows it
+update Q  on latents of the cache, while a few of them are made anew in the background
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rllib_ext.cache import LatentCache
+from rllib_ext.config import LatentDQNConfig
+from rllib_ext.learners import Learners
+from rllib_ext.module import SPEC_KEY
+from rllib_ext.replay import ColumnarReplay
+
+_LOOK_FRAMES = 64  # fresh ones, and as many old ones
+_INITIAL_FRAMES = 1_024
+_MOST_UPDATES_AT_ONCE = 16
+
+
+class EncoderLearning:
+    """What the driver does for the model that learns on its bound.
+
+    Attributes:
+        updates: On the bound, those from nothing at the start not counted.
+        cache: Latents beside the replay's frames; None where Q's frames are encoded when drawn.
+    """
+
+    def __init__(self, config: LatentDQNConfig, learners: Learners, replay: ColumnarReplay) -> None:
+        """Takes the algorithm's parts; a restored replay takes the place of the first."""
+        self._config, self._settings, self._learners, self._replay = config, config.elbo, learners, replay
+        self.updates = 0
+        self._has_started = False
+        self._figures: dict[str, float] = {}
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="latents")
+        self.cache = self._new_cache(replay)
+
+    def _new_cache(self, replay: ColumnarReplay) -> LatentCache | None:
+        if not self._config.has_cache:
+            return None
+        spec = self._config.get_default_rl_module_spec().model_config[SPEC_KEY]
+        return LatentCache(replay, spec.build_encoder(), spec.build_encoder())
+
+    def add(self, first_lane: int, num_lanes: int, num_rows: int) -> None:
+        """After rows have come into some lanes of the replay."""
+        if self.cache is not None:
+            self.cache.add(first_lane, num_lanes, num_rows)
+
+    def improve(self, agent_steps: int, share: float) -> None:
+        """Makes a share of the updates that are due, before Q makes the same share of its own."""
+        if not self._has_started:
+            self._start()
+        due = self._settings.due_updates(agent_steps) - self.updates
+        self._update(max(0, math.ceil(due * share)))
+
+    def _start(self) -> None:
+        """Once, before Q's first update: a model from nothing is set from what has been seen, and learns from it."""
+        self._has_started = True
+        if self._config.bundle is None:
+            self._learners.initialise_model(self._frames(_INITIAL_FRAMES))
+            self._update(self._settings.scratch_updates)
+            self.updates = 0
+        self._publish(1.0)
+
+    def _update(self, number: int) -> None:
+        every = self._settings.publish_updates
+        while number > 0:
+            now = min(number, _MOST_UPDATES_AT_ONCE, every - self.updates % every)
+            self._figures |= self._learners.update_bound(self._frames(now * self._settings.batch_size))
+            self.updates += now
+            number -= now
+            if self.updates % every == 0:
+                self._publish(self._settings.target_tau)
+
+    def _frames(self, count: int) -> NDArray[np.uint8]:
+        return self._replay.rows_at("obs", self._replay.draw_rows(count))
+
+    def _publish(self, tau: float) -> None:
+        fresh = self._replay.newest_places(0, self._replay.spec.num_lanes, self._rows_a_lane())
+        old = self._replay.oldest_places(self._rows_a_lane())
+        fresh_frames, old_frames = (self._replay.rows_at("obs", places.reshape(-1)) for places in (fresh, old))
+        self._figures |= self._learners.publish_encoder(fresh_frames, old_frames, tau)
+        if self.cache is not None:
+            self.cache.take_over(self._learners.reading_encoders())
+
+    def _rows_a_lane(self) -> int:
+        return max(1, _LOOK_FRAMES // self._replay.spec.num_lanes)
+
+    @contextlib.contextmanager
+    def refreshing(self, num_updates: int) -> Iterator[None]:
+        """Around so many updates of Q: latents are made anew beside them, and are all there at the end."""
+        if self.cache is None or not self._settings.refresh_rows_per_update:
+            yield
+            return
+        refresh = self._background.submit(self.cache.refresh, num_updates * self._settings.refresh_rows_per_update)
+        try:
+            yield
+        finally:
+            self._figures["latent_drift"] = refresh.result()
+
+    def figures(self) -> dict[str, float]:
+        """The newest of all; `stale_share` where there is a cache."""
+        figures = {**self._figures, "elbo_updates": self.updates}
+        if self.cache is not None:
+            figures |= {"stale_share": self.cache.stale_share(), "encoder_version": self.cache.version}
+        return figures
+
+    def state(self) -> dict[str, Any]:
+        """What learners and replay do not hold."""
+        state = {"updates": self.updates, "has_started": self._has_started, "figures": dict(self._figures)}
+        return state | ({} if self.cache is None else {"cache": self.cache.state()})
+
+    def set_state(self, state: Mapping[str, Any], replay: ColumnarReplay) -> None:
+        """Goes on with a restored replay and restored learners."""
+        self.updates, self._has_started, self._figures = state["updates"], state["has_started"], dict(state["figures"])
+        self._replay, self.cache = replay, self._new_cache(replay)
+        if self.cache is not None:
+            self.cache.set_state(state["cache"], self._learners.reading_encoders())
+
+    def stop(self) -> None:
+        """Ends the thread."""
+        self._background.shutdown()
