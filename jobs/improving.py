@@ -39,7 +39,7 @@ def improved_encoder(
         `encoder` (the bundle's folder), `encoder_uri` (None while the server is away), `encoder_bits_per_dim` and
         `encoder_active_units`, for the result; nothing where no encoder learned on its bound.
     """
-    if algorithm.encoder_learning is None:
+    if not algorithm.encoder_learning.is_on:
         return {}
     model = _model(algorithm, preprocess)
     frames = algorithm.replay.rows_at("obs", algorithm.replay.draw_rows(NUM_FRAMES))
@@ -85,11 +85,10 @@ def _measured(model: LatentModel, frames: NDArray[np.uint8]) -> tuple[LatentStat
 
 
 def _card(run: Run, algorithm: LatentDQN, resolved: Resolved | None, bits: float) -> dict[str, Any]:
-    learning = algorithm.encoder_learning
-    assert learning is not None
+    updates = algorithm.encoder_learning.updates
     return {
         "Started from": f"{resolved.uri or resolved.address} ({resolved.sha256})" if resolved else "nothing",
-        "Then learned on": f"{learning.updates:,} updates from the replay of {algorithm.agent_steps:,} agent steps",
+        "Then learned on": f"{updates:,} updates from the replay of {algorithm.agent_steps:,} agent steps",
         "Bits per dimension": f"{bits:.3f} (frames of the replay)",
         "MLflow run": run.run_id,
     }

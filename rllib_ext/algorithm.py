@@ -12,7 +12,6 @@ In the synchronous mode the two take turns, in a fixed order: every worker one f
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
@@ -40,6 +39,7 @@ from rllib_ext.config import LatentDQNConfig
 from rllib_ext.encoder_learning import EncoderLearning
 from rllib_ext.learner import LearnerReport
 from rllib_ext.learners import Learners
+from rllib_ext.not_offered import NotOffered
 from rllib_ext.replay import ColumnarReplay, Transitions
 from rllib_ext.replay_files import load_replay, save_replay
 from rllib_ext.runner import Fragment
@@ -48,6 +48,7 @@ from rllib_ext.shared_bundle import SharedBundle
 from rllib_ext.state_files import load_state, save_state
 from rllib_ext.workers import Request, RolloutWorkers, Weights
 
+_COUNTERS = ("agent_steps", "updates", "num_episodes", "q_divergences", "seed")
 RESULTS_KEY = "latentrl"  # where a result of `train()` keeps the figures of this file
 _RETURN_WINDOW_EPISODES = 20
 _MAX_DRAW_BYTES = 64 * 2**20
@@ -57,15 +58,17 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class LatentDQN(Algorithm):
+class LatentDQN(NotOffered, Algorithm):
     """See the module. Built by `LatentDQNConfig(...).build_algo()`; `train()` makes one training step.
 
     `train()["latentrl"]` holds `agent_steps`, `updates`, `agent_steps_per_s`, `updates_per_s`, `epsilon`, `episodes`,
     `episode_return_mean` (raw, last 20 games, NaN before the first), `td_loss`, `q_mean`, `update_s`, `replay_ratio`
     (updates per agent step since the warm-up), `staleness_updates` (how many updates behind the weights were that the
     newest fragments were played with), `runner_idle_share` (of a runner's time, waiting for the limiter) and
-    `learner_idle_share` (of the driver's time, waiting for fragments), `cut_episodes`, `lost_runners`, and seconds of
-    the step by part. What a step has nothing of (no fragment came, no update was due) is None there, or absent.
+    `learner_idle_share` (of the driver's time, waiting for fragments), `cut_episodes`, `lost_runners`, `q_divergences`
+    (updates with values that no return can have), what `EncoderLearning.figures` names where an encoder learns on its
+    bound, and seconds of the step by part. What a step has nothing of (no fragment came, no update was due) is None
+    there, or absent.
     """
 
     @classmethod
@@ -86,13 +89,9 @@ class LatentDQN(Algorithm):
         self.workers = RolloutWorkers(self.env_runner_group, self.settings, self.config.num_env_runners)
         self.seed = config.seed if config.seed is not None else int(np.random.SeedSequence().generate_state(1)[0])
         self.replay = ColumnarReplay(self.config.replay_spec(), seed=self.seed)
-        is_learning = self.config.learns_bound
-        self.encoder_learning = EncoderLearning(self.config, self.learners, self.replay) if is_learning else None
-        self.agent_steps = 0
-        self.updates = self.q_divergences = 0
-        self.num_episodes = 0
-        self.num_barriers = 0
-        self.num_restores = 0
+        self.encoder_learning = EncoderLearning(self.config, self.learners, self.replay)
+        self.agent_steps = self.updates = self.num_episodes = self.q_divergences = 0
+        self.num_barriers = self.num_restores = 0
         self.steps_per_runner: Counter[str] = Counter()
         self.recent_returns: deque[float] = deque(maxlen=_RETURN_WINDOW_EPISODES)
         self._finished_games: list[tuple[int, float]] = []
@@ -196,9 +195,7 @@ class LatentDQN(Algorithm):
         for fragment in fragments:
             first_lane = max(0, fragment.worker_index - 1) * self.settings.envs_per_runner
             self.replay.add(fragment.rows, first_lane)
-            if self.encoder_learning is not None:
-                num_rows, num_lanes = fragment.rows.action.shape
-                self._timed("encode_s", self.encoder_learning.add, first_lane, num_lanes, num_rows)
+            self._timed("encode_s", self.encoder_learning.add, first_lane, *fragment.rows.action.shape)
             self.agent_steps += fragment.agent_steps
             self.num_episodes += len(fragment.episode_returns)
             self.recent_returns.extend(fragment.episode_returns)
@@ -225,10 +222,9 @@ class LatentDQN(Algorithm):
         figures: dict[str, float] = {}
         while num_updates > 0:
             portion = min(num_updates, self._updates_per_draw())
-            if self.encoder_learning is not None:
-                self._timed("elbo_s", self.encoder_learning.improve, self.agent_steps, portion / num_updates)
+            self._timed("elbo_s", self.encoder_learning.improve, self.agent_steps, portion / num_updates)
             drawn = self._timed("draw_s", self._draw, portion)
-            with self._refreshing(portion):
+            with self.encoder_learning.refreshing(portion):
                 reports = self._timed("update_total_s", self.learners.update, drawn, self.updates)
             self._require_finite(reports)
             self._timed("priorities_s", self._prioritise, reports)
@@ -239,10 +235,6 @@ class LatentDQN(Algorithm):
         for name, value in figures.items():
             self.metrics.log_value((LEARNER_RESULTS, DEFAULT_MODULE_ID, name), value, window=1)
         return figures
-
-    def _refreshing(self, num_updates: int) -> contextlib.AbstractContextManager[None]:
-        learning = self.encoder_learning
-        return contextlib.nullcontext() if learning is None else learning.refreshing(num_updates)
 
     def _draw(self, num_updates: int) -> Transitions:
         settings = self.settings
@@ -294,7 +286,7 @@ class LatentDQN(Algorithm):
             "cut_episodes": self.replay.num_cut_episodes,
             "lost_runners": self.workers.deaths.total(),
             "q_divergences": self.q_divergences,
-            **(self.encoder_learning.figures() if self.encoder_learning else {}),
+            **self.encoder_learning.figures(),
             "episode_return_mean": float(np.mean(self.recent_returns)) if self.recent_returns else float("nan"),
         }
 
@@ -338,22 +330,6 @@ class LatentDQN(Algorithm):
         """Tune's hook; RLlib's own would ask for a choice between pickle and msgpack."""
         self.save_to_path(checkpoint_dir)
 
-    @classmethod
-    def from_checkpoint(cls, path: str | Path, *args: Any, **kwargs: Any) -> LatentDQN:
-        """RLlib's way needs the configuration from the checkpoint, in a pickle: always a UserError."""
-        raise UserError(
-            f"LatentDQN's checkpoints hold no configuration; build the algorithm from yours and call "
-            f"restore_from_path({str(path)!r})"
-        )
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """RLlib's evaluation workers are not supported.
-
-        Raises:
-            UserError: Always.
-        """
-        raise UserError("LatentDQN does not evaluate itself; write a policy bundle and run `latentrl evaluate`")
-
     def restore_from_path(self, path: str | Path, **kwargs: Any) -> None:
         """Continues from a checkpoint that this run wrote.
 
@@ -379,14 +355,10 @@ class LatentDQN(Algorithm):
         state = {
             "identity": self.config.identity(),
             "learner": self.learners.state(),
-            "agent_steps": self.agent_steps,
-            "updates": self.updates,
-            "q_divergences": self.q_divergences,
-            "encoder_learning": self.encoder_learning.state() if self.encoder_learning else None,
-            "num_episodes": self.num_episodes,
+            **{name: getattr(self, name) for name in _COUNTERS},
+            "encoder_learning": self.encoder_learning.state(),
             "num_barriers": num_barriers,
             "num_restores": self.num_restores,
-            "seed": self.seed,
             "deaths": dict(self.workers.deaths),
             "recent_returns": list(self.recent_returns),
             "finished_games": self._finished_games,
@@ -403,11 +375,9 @@ class LatentDQN(Algorithm):
         self.workers.forget()
         self.replay = load_replay(folder / "replay", self.config.replay_spec())
         self.learners.set_state(state["learner"])
-        self.agent_steps, self.updates = state["agent_steps"], state["updates"]
-        self.q_divergences = state["q_divergences"]
-        if self.encoder_learning is not None:
-            self.encoder_learning.set_state(state["encoder_learning"], self.replay)
-        self.num_episodes, self.num_barriers, self.seed = state["num_episodes"], state["num_barriers"], state["seed"]
+        self.encoder_learning.set_state(state["encoder_learning"], self.replay)
+        for name in (*_COUNTERS, "num_barriers"):
+            setattr(self, name, state[name])
         self.num_restores = state["num_restores"] + (not self.settings.synchronous)
         self._restores_here += 1
         self.workers.deaths = Counter(state["deaths"])

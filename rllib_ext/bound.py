@@ -44,15 +44,17 @@ class BoundUpdates:
         self.model.initialise(torch.from_numpy(frames).to(self._device))
         self._share_weights()
 
-    def update(self, frames: Frames) -> dict[str, float]:
+    def update(self, frames: Frames, lr: float) -> dict[str, float]:
         """Makes U = N / B updates with this learner's share of each batch.
 
         Args:
             frames: (N, H, W), the same for all learners.
+            lr: Adam's rate.
 
         Returns:
             `elbo`: the bound, nats per frame, and `elbo_kl`: its KL, means over the calls' own frames.
         """
+        self._optimizer.param_groups[0]["lr"] = lr
         own_UbHW = self._own_share(torch.from_numpy(frames))
         bounds = [self._update_once(batch.to(self._device, non_blocking=True)) for batch in own_UbHW]
         self.updates += len(bounds)

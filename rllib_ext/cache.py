@@ -42,7 +42,7 @@ class LatentCache:
         if self.version == 1:
             self._encode(self._replay.held_places(np.arange(len(self._replay))))
 
-    def add(self, first_lane: int, num_lanes: int, num_rows: int) -> None:
+    def add(self, first_lane: int, num_rows: int, num_lanes: int) -> None:
         """Encodes the newest rows of some lanes."""
         if self.version:
             self._encode(self._replay.newest_places(first_lane, num_lanes, num_rows).reshape(-1))
@@ -67,7 +67,7 @@ class LatentCache:
         return {"version": self.version, "next": self._next}
 
     def set_state(self, state: Mapping[str, int], states: EncoderStates) -> None:
-        """Goes on where `state` was taken, with the encoders that were read with there."""
+        """Goes on where `state` was taken, with the encoders that Q read with there."""
         self.version, self._next = state["version"], state["next"]
         self._load(states)
 

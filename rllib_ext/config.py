@@ -8,8 +8,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ray
-import torch
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.connectors.env_to_module import EnvToModulePipeline
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
@@ -17,14 +15,13 @@ from ray.rllib.env import INPUT_ENV_SINGLE_SPACES
 
 from pipeline import artifact
 from pipeline.errors import UserError
-from pipeline.machine import free_bytes
-from pipeline.precision import resolve_precision
 from pipeline.schema import Preprocess
 from rllib_ext.connectors import EncodeObservations, StackObservations
 from rllib_ext.learner import LatentDQNLearner
 from rllib_ext.module import SPEC_KEY, LatentQModule, QModuleSpec
 from rllib_ext.networks import GridConvolution, NatureConvolutions
-from rllib_ext.replay_spec import ReplaySpec, required_bytes
+from rllib_ext.replay_spec import ReplaySpec
+from rllib_ext.room import check_cluster, check_machine
 from rllib_ext.runner import EnvFactory, LatentEnvRunner, atari_factory
 from rllib_ext.settings import (
     CACHE,
@@ -197,7 +194,7 @@ class LatentDQNConfig(AlgorithmConfig):
             super().validate()
             return
         self.check()
-        self._check_cluster()
+        check_cluster(self)
         super().validate()
 
     def check(self) -> None:
@@ -213,18 +210,16 @@ class LatentDQNConfig(AlgorithmConfig):
         self._read_encoder()
         if self.q.grid_channels:
             GridConvolution(self.settings.stack, self.z_shape, self.q.grid_channels)
-        self._check_this_machine()
+        check_machine(self)
         if not self._is_frozen:
             self.max_requests_in_flight_per_env_runner = math.ceil(self.settings.max_lead_fragments) + 1
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint and the algorithm that restores it must have in common, as plain values."""
         architecture = self.encoder_config if self.encoder_path is None else None
-        settings = {
-            f"train.{name}": value for name, value in vars(self.settings).items() if name not in self.MAY_CHANGE
-        }
+        settings = {f"train.{name}": v for name, v in vars(self.settings).items() if name not in self.MAY_CHANGE}
         q = {f"q.{name}": value for name, value in vars(self.q).items()}
-        elbo = {f"elbo.{name}": value for name, value in vars(self.elbo).items()} if self.learns_bound else {}
+        elbo = vars(self.elbo) if self.learns_bound else {}
         return {
             "mode": self.mode,
             "preprocess": dataclasses.asdict(self.preprocess) if self.preprocess else None,
@@ -233,7 +228,7 @@ class LatentDQNConfig(AlgorithmConfig):
             "num_env_runners": self.num_env_runners,
             **q,
             **settings,
-            **elbo,
+            **{f"elbo.{name}": value for name, value in elbo.items()},
         }
 
     def require_identity(self, theirs: dict[str, Any], what: str) -> None:
@@ -279,30 +274,6 @@ class LatentDQNConfig(AlgorithmConfig):
         """Whether what is drawn for Q is latents already."""
         return self.mode == FROZEN or self.has_cache
 
-    def _check_this_machine(self) -> None:
-        needed, there = required_bytes(self.replay_spec()), free_bytes()
-        if needed > there:
-            raise UserError(
-                f"train.replay_capacity is {self.settings.replay_capacity}, which takes {needed / 2**30:.1f} GiB when "
-                f"full; this machine has {there / 2**30:.1f} GiB free; lower it"
-            )
-        sizes = {"train": self.settings.batch_size} | ({"elbo": self.elbo.batch_size} if self.learns_bound else {})
-        for group, size in sizes.items():
-            if not self.num_learners or size % self.num_learners == 0:
-                continue
-            what = f"{group}.batch_size is {size}"
-            raise UserError(f"{what}, which {self.num_learners} learners cannot share evenly; make it a multiple")
-        gpus = self.num_gpus_per_learner
-        if not 0 <= gpus <= 1 or (gpus % 1 and self.num_learners > 1):  # NCCL refuses two processes on one GPU
-            raise UserError(f"num_gpus_per_learner is {gpus}; give 0, 1 or a share of one, that to a single learner")
-        if self.num_learners:
-            return
-        seen = torch.cuda.device_count() if gpus else 0
-        if gpus and self.local_gpu_idx >= seen:
-            what = f"num_gpus_per_learner is {gpus:g} and local_gpu_idx is {self.local_gpu_idx}"
-            raise UserError(f"{what}, and torch sees {seen} GPUs on this machine; give 0, or install torch with CUDA")
-        resolve_precision(self.settings.precision, "cuda" if gpus else "cpu")
-
     @property
     def cpus_needed(self) -> float:
         """Of Ray's count, by learners and runners; RLlib gives a remote learner one of its own, or a GPU."""
@@ -313,19 +284,6 @@ class LatentDQNConfig(AlgorithmConfig):
     def gpus_needed(self) -> float:
         """Of Ray's count; a learner in the driver takes one beside it."""
         return float(self.num_learners * self.num_gpus_per_learner)
-
-    def _check_cluster(self) -> None:
-        gpus, each = _there("GPU", torch.cuda.device_count()), self.num_gpus_per_learner
-        if self.gpus_needed > gpus:
-            raise UserError(
-                f"num_gpus_per_learner is {each:g}, for {self.num_learners} learners there are {gpus:g} GPUs"
-            )
-        asked, there = self.cpus_needed, _there("CPU", os.cpu_count() or 1)
-        if asked > there:
-            raise UserError(
-                f"num_env_runners is {self.num_env_runners} and num_learners is {self.num_learners}, which take "
-                f"{asked:g} CPUs, more than the {there:g} that there are; ask for fewer"
-            )
 
     @property
     def num_lanes(self) -> int:
@@ -368,8 +326,7 @@ class LatentDQNConfig(AlgorithmConfig):
         if self.mode in (FROZEN, FINETUNE) and self.encoder_path is None:
             raise UserError(f"mode {self.mode} needs an encoder bundle; pass latent(encoder=FOLDER)")
         if self.mode == ONLINE and self.encoder_path is None and self.encoder_config is None:
-            what = "mode online needs an encoder bundle, or an architecture to start from nothing"
-            raise UserError(f"{what}; pass latent(encoder=FOLDER) or latent(encoder_config=...)")
+            raise UserError("mode online needs latent(encoder=FOLDER), or latent(encoder_config=...) from nothing")
 
     def _read_encoder(self) -> None:
         assert self.preprocess is not None
@@ -436,11 +393,6 @@ class LatentDQNConfig(AlgorithmConfig):
             z_dim = math.prod(self.z_shape)
             pieces.insert(0, EncodeObservations(bundle=self.bundle, preprocess=self.preprocess, z_dim=z_dim))
         return EnvToModulePipeline(input_observation_space=single[0], input_action_space=single[1], connectors=pieces)
-
-
-def _there(resource: str, here: float) -> float:
-    """What the cluster that is joined has of it, or this machine."""
-    return float(ray.cluster_resources().get(resource, 0) if ray.is_initialized() else here)
 
 
 def _differs(value: Any, default: Any) -> bool:

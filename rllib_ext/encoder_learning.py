@@ -29,9 +29,10 @@ _MOST_UPDATES_AT_ONCE = 16
 
 
 class EncoderLearning:
-    """What the driver does for the model that learns on its bound.
+    """What the driver does for a model that learns on its bound; nothing in the modes that have none.
 
     Attributes:
+        is_on: Whether this run's mode has one.
         updates: On the bound, those from nothing at the start not counted.
         cache: Latents beside the replay's frames; None where Q's frames are encoded when drawn.
     """
@@ -39,7 +40,7 @@ class EncoderLearning:
     def __init__(self, config: LatentDQNConfig, learners: Learners, replay: ColumnarReplay) -> None:
         """Takes the algorithm's parts; a restored replay takes the place of the first."""
         self._config, self._settings, self._learners, self._replay = config, config.elbo, learners, replay
-        self.updates = 0
+        self.is_on, self.updates = config.learns_bound, 0
         self._has_started = False
         self._figures: dict[str, float] = {}
         self._background = ThreadPoolExecutor(1, thread_name_prefix="latents")
@@ -51,32 +52,34 @@ class EncoderLearning:
         spec = self._config.get_default_rl_module_spec().model_config[SPEC_KEY]
         return LatentCache(replay, spec.build_encoder(), spec.build_encoder())
 
-    def add(self, first_lane: int, num_lanes: int, num_rows: int) -> None:
+    def add(self, first_lane: int, num_rows: int, num_lanes: int) -> None:
         """After rows have come into some lanes of the replay."""
         if self.cache is not None:
-            self.cache.add(first_lane, num_lanes, num_rows)
+            self.cache.add(first_lane, num_rows, num_lanes)
 
     def improve(self, agent_steps: int, share: float) -> None:
         """Makes a share of the updates that are due, before Q makes the same share of its own."""
+        if not self.is_on:
+            return
         if not self._has_started:
             self._start()
         due = self._settings.due_updates(agent_steps) - self.updates
-        self._update(max(0, math.ceil(due * share)))
+        self._update(max(0, math.ceil(due * share)), self._settings.lr)
 
     def _start(self) -> None:
         """Once, before Q's first update: a model from nothing is set from what has been seen, and learns from it."""
         self._has_started = True
         if self._config.bundle is None:
             self._learners.initialise_model(self._frames(_INITIAL_FRAMES))
-            self._update(self._settings.scratch_updates)
+            self._update(self._settings.scratch_updates, self._settings.scratch_lr)
             self.updates = 0
         self._publish(1.0)
 
-    def _update(self, number: int) -> None:
+    def _update(self, number: int, lr: float) -> None:
         every = self._settings.publish_updates
         while number > 0:
             now = min(number, _MOST_UPDATES_AT_ONCE, every - self.updates % every)
-            self._figures |= self._learners.update_bound(self._frames(now * self._settings.batch_size))
+            self._figures |= self._learners.update_bound(self._frames(now * self._settings.batch_size), lr)
             self.updates += now
             number -= now
             if self.updates % every == 0:
@@ -109,7 +112,16 @@ class EncoderLearning:
             self._figures["latent_drift"] = refresh.result()
 
     def figures(self) -> dict[str, float]:
-        """The newest of all; `stale_share` where there is a cache."""
+        """The newest of each.
+
+        Returns:
+            What BoundUpdates says (`elbo`, `elbo_kl`; `elbo_fresh`, `elbo_old`, `active_units`) and `elbo_updates`;
+            where there is a cache `encoder_version`, `stale_share` (of the rows held, those with latents of an earlier
+            version) and `latent_drift` (how far latents had moved when they were made anew; root mean square, in
+            units of z).
+        """
+        if not self.is_on:
+            return {}
         figures = {**self._figures, "elbo_updates": self.updates}
         if self.cache is not None:
             figures |= {"stale_share": self.cache.stale_share(), "encoder_version": self.cache.version}

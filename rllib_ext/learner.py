@@ -82,10 +82,10 @@ class LatentDQNLearner(TorchLearner):
         rank, count = compat.learner_rank(self), max(1, self.config.num_learners)
         return BoundUpdates(model, self.config.elbo, self._dtype, rank, count)
 
-    def update_bound(self, frames: NDArray[np.uint8]) -> dict[str, float]:
+    def update_bound(self, frames: NDArray[np.uint8], lr: float) -> dict[str, float]:
         """Makes updates on the bound; see BoundUpdates.update."""
         assert self.bound is not None
-        return self.bound.update(frames)
+        return self.bound.update(frames, lr)
 
     def initialise_model(self, frames: NDArray[np.uint8]) -> None:
         """Sets what a model that starts from nothing takes from frames (N, H, W)."""

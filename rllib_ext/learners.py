@@ -35,9 +35,9 @@ class Learners:
         """Sets what a model that starts from nothing takes from frames (N, H, W)."""
         self._everywhere(LatentDQNLearner.initialise_model, frames)
 
-    def update_bound(self, frames: NDArray[np.uint8]) -> dict[str, float]:
-        """Updates on the bound by all of U * B frames (N, H, W); the first learner's figures."""
-        return self._everywhere(LatentDQNLearner.update_bound, frames)[0]
+    def update_bound(self, frames: NDArray[np.uint8], lr: float) -> dict[str, float]:
+        """Updates on the bound, by U * B frames (N, H, W) in all; the first learner's figures."""
+        return self._everywhere(LatentDQNLearner.update_bound, frames, lr)[0]
 
     def publish_encoder(self, fresh: NDArray[np.uint8], old: NDArray[np.uint8], tau: float) -> dict[str, float]:
         """See LatentDQNLearner.publish_encoder; the first learner's figures."""

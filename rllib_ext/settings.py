@@ -95,8 +95,9 @@ class ElboSettings:
         updates_per_agent_step: Cumulative updates on the bound over agent steps after their own warm-up.
         warmup_agent_steps: Agent steps that are not counted for that; the first update comes with Q's first one.
         scratch_updates: Updates in one go before Q's first one, where the model starts from nothing.
+        scratch_lr: Adam's rate in those.
         batch_size: Frames per update, each of the replay's equally likely.
-        lr: Adam's rate, for encoder and decoder.
+        lr: Adam's rate, for encoder and decoder. What Q has learned is worth less the faster latents change.
         grad_clip: Greatest norm of a gradient, nats per pixel; 0 leaves gradients alone.
         publish_updates: Updates between two versions of the encoder that Q and the rollout workers read with.
         target_tau: Share of each new version that is blended into the target network's own encoder.
@@ -109,8 +110,9 @@ class ElboSettings:
     updates_per_agent_step: float = 0.0625
     warmup_agent_steps: int = 1_000
     scratch_updates: int = 500
+    scratch_lr: float = 1e-3
     batch_size: int = 64
-    lr: float = 3e-4
+    lr: float = 1e-4
     grad_clip: float = 15.0
     publish_updates: int = 50
     target_tau: float = 0.1
@@ -301,7 +303,8 @@ _NATURAL: tuple[Callable[[Any], bool], str] = (lambda v: v >= 0, "it must be 0 o
 _SHARE: tuple[Callable[[Any], bool], str] = (lambda v: 0 <= v <= 1, "it must lie between 0 and 1")
 _Rules = tuple[tuple[str, Callable[[Any], bool], str], ...]
 _ELBO_RULES: _Rules = (
-    *((name, *_POSITIVE) for name in ("updates_per_agent_step", "batch_size", "lr", "publish_updates")),
+    *((name, *_POSITIVE) for name in ("updates_per_agent_step", "batch_size", "lr", "scratch_lr")),
+    ("publish_updates", *_POSITIVE),
     *((name, *_NATURAL) for name in ("warmup_agent_steps", "scratch_updates", "grad_clip", "refresh_rows_per_update")),
     ("target_tau", lambda v: 0 < v <= 1, "it must be above 0 and at most 1"),
 )
