@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.errors import UserError
 from rllib_ext.cache import LatentCache
 from rllib_ext.config import LatentDQNConfig
 from rllib_ext.learners import Learners
@@ -80,10 +81,23 @@ class EncoderLearning:
         while number > 0:
             now = min(number, _MOST_UPDATES_AT_ONCE, every - self.updates % every)
             self._figures |= self._learners.update_bound(self._frames(now * self._settings.batch_size), lr)
+            self._require_finite(lr)
             self.updates += now
             number -= now
             if self.updates % every == 0:
                 self._publish(self._settings.target_tau)
+
+    def _require_finite(self, lr: float) -> None:
+        """Ends a run whose model holds nothing any more.
+
+        Raises:
+            UserError: The bound is not a number.
+        """
+        if not math.isfinite(self._figures["elbo"]):
+            raise UserError(
+                f"the latent-variable model has diverged: its bound is {self._figures['elbo']} after {self.updates} "
+                f"updates; lower elbo.lr ({lr}), or set elbo.grad_clip ({self._settings.grad_clip}) above 0"
+            )
 
     def _frames(self, count: int) -> NDArray[np.uint8]:
         return self._replay.rows_at("obs", self._replay.draw_rows(count))
@@ -138,7 +152,3 @@ class EncoderLearning:
         self._replay, self.cache = replay, self._new_cache(replay)
         if self.cache is not None:
             self.cache.set_state(state["cache"], self._learners.reading_encoders())
-
-    def stop(self) -> None:
-        """Ends the thread."""
-        self._background.shutdown()

@@ -192,7 +192,7 @@ class LatentDQNLearner(TorchLearner):
             norms = grad_norms if self._on_cpu else torch.stack(grad_norms).tolist()  # waits for the GPU once
             figures["grad_norm"] = float(np.mean(norms))
         figures["update_s"] = (time.perf_counter() - started) / len(steps)
-        diverged = self._num_diverged(values.view(len(steps), -1))
+        diverged = self._num_diverged(values.reshape(len(steps), -1))
         return LearnerReport(own.ids.reshape(-1), td_errors.cpu().numpy(), diverged, figures)
 
     def _num_diverged(self, values: Tensor) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from catch import catch_preprocess
-from rl_toys import TOY_VAE, make_encoder, toy_config, toy_ray, train
+from rl_toys import TOY_VAE, toy_config, toy_ray, train
 from test_algorithm import LEARNING, greedy_return, refresh
 from test_loop import assert_same
 
@@ -171,7 +171,11 @@ def test_q_never_moves_the_encoder_and_the_bound_does(build, encoder):
 
 
 def test_the_targets_encoder_follows_by_its_own_share(build, encoder):
-    algorithm = build(online(encoder, replace(ELBO, target_tau=0.25, warmup_agent_steps=10**6), target_tau=1.0, target_update_updates=0))
+    algorithm = build(
+        online(
+            encoder, replace(ELBO, target_tau=0.25, warmup_agent_steps=10**6), target_tau=1.0, target_update_updates=0
+        )
+    )
     train(algorithm, 100)  # copies the whole target network after every update, were the encoder among it
     before, _ = algorithm.learners.reading_encoders()
     algorithm.encoder_learning._update(5, 1e-3)
