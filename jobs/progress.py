@@ -28,7 +28,7 @@ class Progress:
         self._bar.update(amount)
         if self._gauges is not None:
             self._gauges.count(self._unit, amount)
-            self._gauges.show({"progress": self._bar.n / self._total})
+            self._gauges.show({"progress": self._bar.n / self._total if self._total else 1.0})
 
     def note(self, text: str) -> None:
         """Shows a short text behind the bar."""

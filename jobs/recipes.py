@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 from jobs.settings import resolve, to_dict
 from pipeline.errors import UserError
+from pipeline.models.latent import ModelSettings
+from pipeline.models.pca import PCASettings
 from pipeline.models.vae import VAESettings
 from pipeline.names import suggestion
 from pipeline.pretrain_config import PretrainConfig
@@ -25,7 +27,7 @@ class PretrainRecipe:
     """
 
     name: str
-    model: VAESettings
+    model: ModelSettings
     train: PretrainConfig
 
 
@@ -44,7 +46,7 @@ class TrainRecipe:
     name: str
     q: QConfig
     train: DQNSettings
-    model: VAESettings
+    model: ModelSettings
     elbo: ElboSettings = field(default_factory=ElboSettings)
 
 
@@ -87,6 +89,11 @@ PRETRAIN_RECIPES = {
         PretrainRecipe("flat", _FLAT, PretrainConfig(epochs=20)),
         PretrainRecipe("beta-vae", replace(_FLAT, beta=4.0), PretrainConfig(epochs=20)),
         replace(_VAE, name="demo"),
+        # What a VAE is measured against: no updates, and principal components as many as the grid's latents at 84x84.
+        PretrainRecipe("random", _GRID, PretrainConfig(epochs=0)),
+        PretrainRecipe(
+            "pca", PCASettings(z_dim=_GRID.for_frames(84, 84).z_dim), PretrainConfig(epochs=0, monitor_frames=8192)
+        ),
         # For AtariARI's ruler (`latentrl probe`): any game at 210x160, at most 256 latents, 8 minutes on 2 cores.
         PretrainRecipe(
             "probe",

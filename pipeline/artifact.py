@@ -281,9 +281,8 @@ def model_config(record: Mapping[str, Any], what: str) -> ModelConfig:
     Raises:
         UserError: An unknown class, unknown or missing keys, or values that no model can have.
     """
-    fields = models.ADDED | dict(record)
     try:
-        config_class = models.config_class(fields.pop("class", None))
+        config_class, fields = models.known_record(record)
     except ValueError as error:
         raise UserError(f"{what}: {error}; it was written by another version of latentrl") from None
     return from_record(config_class, fields, what)

@@ -86,7 +86,8 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: optim.Optimizer) 
         for name, tensor in moments.items():
             index, _, key = name.partition("/")
             record["state"].setdefault(int(index), {})[key] = tensor
-        _require_moments(record["state"], optimizer)
+        if progress.step:  # Adam has none before its first update
+            _require_moments(record["state"], optimizer)
         model.load_state_dict(weights)
         optimizer.load_state_dict(record)
         return progress

@@ -124,7 +124,7 @@ class _Worker:
         self._optimizer = _optimizer(self._model, self._config)
         self._max_norm = self._config.grad_clip * job.model.height * job.model.width
         self._progress = Progress(0, 0, 0, 0.0, 0.0, self._config.epochs)
-        self._restore()
+        self._is_restored = self._restore()
         self._parallel = ray.train.torch.prepare_model(self._model, move_to_device=self._device)
         self._sampled = sample_frames(job.dataset, self._heldout, self._config.monitor_frames).to(self._device)
         self._board = Board(job.mailbox, job.config, job.model, is_silent=self._rank != 0)
@@ -139,6 +139,8 @@ class _Worker:
             self._job.dataset, self._order, epochs, self._rank, self._progress.batch, self._device
         )
         before = time.perf_counter()
+        if self._config.epochs == 0 and not self._is_restored:
+            self._report()
         while self._progress.epoch < self._progress.planned_epochs:
             self._run_epoch(batches)
             self._progress.total_s += time.perf_counter() - before
@@ -178,14 +180,16 @@ class _Worker:
         model.initialise(sample_frames(self._job.dataset, self._order, self._config.monitor_frames))
         return model
 
-    def _restore(self) -> None:
+    def _restore(self) -> bool:
+        """Goes on from the last checkpoint, if there is one."""
         checkpoint = newest_sound(self._job.filesystem, self._job.storage)
         if checkpoint is None:
-            return
+            return False
         with checkpoint.as_directory() as folder:
             self._progress = load_checkpoint(Path(folder), self._model, self._optimizer)
         if self._rank == 0:
             self._job.mailbox.say.remote(f"training goes on from its checkpoint after {self._progress.step:,} updates")
+        return True
 
     def _run_epoch(self, batches: Iterator[Tensor]) -> None:
         progress = self._progress

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pipeline.precision import PRECISIONS
 
 RECORD_FILE = "pretrain.json"  # in a training's folder: what it was started with
-_POSITIVE = ("epochs", "batch_size", "lr", "num_workers", "monitor_frames", "log_every_steps")
+_POSITIVE = ("batch_size", "lr", "num_workers", "monitor_frames", "log_every_steps")
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class PretrainConfig:
     """How a model is trained; everything but the model itself.
 
     Attributes:
-        epochs: How many.
+        epochs: How many. 0 makes no update: the model stays as `initialise` sets it from `monitor_frames` frames.
         frames_per_epoch: Frames of an epoch; 0 means the training split once. A checkpoint ends each epoch.
         batch_size: Frames of an update over all workers.
         lr: Learning rate of Adam (Kingma & Ba 2015) between warm-up and decay.
@@ -35,7 +35,7 @@ class PretrainConfig:
         max_seconds: Training ends after as many epochs as fit, at least one; 0 means no limit. With a limit the number
             of epochs depends on the machine's speed.
         max_failures: How often a sitting goes on from its last checkpoint by itself after a worker has died.
-        monitor_frames: Frames for the look at held-out data after each epoch, and for the initial mean frame.
+        monitor_frames: Frames for the look at held-out data after each epoch, and for what a model is initialised from.
         stats_frames: Frames of the training split over which the latents' statistics are taken; 0 means all.
         log_every_steps: Updates between two rows of metrics.
     """

@@ -345,7 +345,7 @@ def _finish(
         has_heldout=outcome.has_heldout,
         active_units=outcome.stats.num_active,
         z_dim=job.model.z_dim,
-        images_per_s=progress.frames / progress.train_s,
+        images_per_s=progress.frames / progress.train_s if progress.frames else 0.0,
         startup_s=outcome.startup_s,
         seconds=progress.total_s,
         steps=progress.step,

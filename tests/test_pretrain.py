@@ -21,15 +21,18 @@ from fault_rows import measured
 from toy_frames import toy_dataset
 
 from jobs.cli import parser
-from pipeline import board
+from pipeline import board, models
 from pipeline.artifact import load_encoder, load_model
 from pipeline.checkpoint import Progress
 from pipeline.errors import Terminated, UserError
 from pipeline.loop import learning_rate
 from pipeline.mailbox import Mailbox
+from pipeline.models.pca import PCASettings
 from pipeline.models.vae import VAESettings
+from pipeline.order import ReadingOrder
 from pipeline.origin import Origin, load_origin
 from pipeline.store import FramesDataset
+from pipeline.stream import sample_frames
 from pipeline.train import PretrainConfig, pretrain
 
 MODEL = VAESettings(z_dim=4, patch=2, widths=(8, 8), variance="pixel_map")
@@ -121,6 +124,7 @@ sys.path.insert(0, {tests!r})
 from pathlib import Path
 import test_pretrain
 from pipeline.store import FramesDataset
+from pipeline.stream import sample_frames
 ray.init("local", num_cpus=2, object_store_memory=200 << 20, include_dashboard=False, log_to_driver=False)
 try:
     config = dataclasses.replace(test_pretrain.CONFIG, epochs={epochs})
@@ -283,6 +287,22 @@ def test_one_episode_alone_trains_without_held_out_frames_until_its_time_is_up(t
     assert result.steps == 1
 
 
+def test_a_training_without_epochs_keeps_what_the_model_takes_from_data(dataset, tmp_path):
+    """It ends with a checkpoint like any other, from which its bundle can still be made."""
+    model = PCASettings(z_dim=4)
+    result = train(dataset, tmp_path, replace(CONFIG, epochs=0), model)
+    assert (result.steps, result.images_per_s) == (0, 0.0)
+    torch.manual_seed(CONFIG.seed)
+    torch.set_num_threads(1)
+    expected = models.build(model.for_frames(12, 10))
+    order = ReadingOrder.plan(dataset, "train", batch_size=16, num_workers=1, epoch_frames=320, seed=CONFIG.seed)
+    expected.initialise(sample_frames(dataset, order, CONFIG.monitor_frames))
+    for name, value in load_model(result.bundle_path).state_dict().items():
+        torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-4, atol=1e-4)
+    again = train(dataset, tmp_path, replace(CONFIG, epochs=0), model, resume=True)
+    assert again.sha256 == result.sha256
+
+
 def test_the_learning_rate_rises_stays_and_falls():
     config = replace(CONFIG, lr=1.0, warmup_steps=10, decay_fraction=0.5, final_lr_fraction=0.1)
     rates = [learning_rate(config, step, 100) for step in range(100)]
@@ -293,7 +313,7 @@ def test_the_learning_rate_rises_stays_and_falls():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"epochs": 0}, {"batch_size": -1}, {"lr": 0.0}, {"precision": "fp8"}, {"num_gpus_per_worker": 2}]
+    "wrong", [{"epochs": -1}, {"batch_size": -1}, {"lr": 0.0}, {"precision": "fp8"}, {"num_gpus_per_worker": 2}]
 )
 def test_settings_that_make_no_training_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from pipeline.models.latent import LatentModel, ModelConfig
+from pipeline.models.pca import PCA, PCAConfig
 from pipeline.models.vae import VAE, VAEConfig
 
-# Settings that records from before them lack, and what held then.
-ADDED: dict[str, Any] = {"is_axial": False, "rarity": 0.0}
-_MODELS: dict[str, tuple[type[LatentModel], type[ModelConfig]]] = {"VAE": (VAE, VAEConfig)}
+# By model: settings that records from before them lack, and what held then.
+_ADDED: dict[str, dict[str, Any]] = {"VAE": {"is_axial": False, "rarity": 0.0}}
+_MODELS: dict[str, tuple[type[LatentModel], type[ModelConfig]]] = {"VAE": (VAE, VAEConfig), "PCA": (PCA, PCAConfig)}
 
 
 def build(config: ModelConfig) -> LatentModel:
@@ -32,12 +34,14 @@ def to_record(config: ModelConfig) -> dict[str, Any]:
     return {"class": config.model, **dataclasses.asdict(config)}
 
 
-def config_class(name: Any) -> type[ModelConfig]:
-    """The class of configurations of the model of that name.
+def known_record(record: Mapping[str, Any]) -> tuple[type[ModelConfig], dict[str, Any]]:
+    """What `to_record` gave, now or before a setting was added, as the class of the configuration and its fields.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is no such model.
     """
+    fields = dict(record)
+    name = fields.pop("class", None)
     if not isinstance(name, str) or name not in _MODELS:
         raise ValueError(f"there is no model class {str(name)[:80]!r}; known are {', '.join(_MODELS)}")
-    return _MODELS[name][1]
+    return _MODELS[name][1], _ADDED.get(name, {}) | fields
