@@ -13,6 +13,7 @@ from peers.results import machine
 from peers.running import CellFailed, run_apart
 
 from curves.arms import Cell, is_as_kept, plain
+from pipeline.errors import UserError
 
 LIMIT_S = 7_200.0
 _DIGITS = 1
@@ -21,9 +22,9 @@ _DIGITS = 1
 class Kept:
     """Finished runs in a folder, one JSON file each."""
 
-    def __init__(self, folder: Path, work: Path) -> None:
-        """`work`: where runs put what is large."""
-        self._folder, self._work = folder, work.absolute()
+    def __init__(self, folder: Path, work: Path, module: str = "curves.runs", limit_s: float = LIMIT_S) -> None:
+        """`work`: where runs put what is large; `module`: of the benchmarks, runs a cell as `curves.runs` does."""
+        self._folder, self._work, self._module, self._limit_s = folder, work.absolute(), module, limit_s
 
     def path(self, cell: Cell) -> Path:
         """The cell's file."""
@@ -41,13 +42,13 @@ class Kept:
     def run(self, cell: Cell) -> bool:
         """Runs the cell unless it has been run; False if it failed."""
         name = f"{cell.task} {cell.arm} seed {cell.seed}"
-        if self.find(cell) is not None:
-            print(f"{name}: kept", file=sys.stderr, flush=True)
-            return True
         started = time.monotonic()
         try:
-            result = run_apart("curves.runs", [cell.to_json(), str(self._work)], LIMIT_S)
-        except CellFailed as failure:
+            if self.find(cell) is not None:
+                print(f"{name}: kept", file=sys.stderr, flush=True)
+                return True
+            result = run_apart(self._module, [cell.to_json(), str(self._work)], self._limit_s)
+        except (CellFailed, UserError) as failure:
             print(f"{name}: FAILED\n{failure}", file=sys.stderr, flush=True)
             return False
         self._keep(cell, result)

@@ -94,7 +94,7 @@ def write(folder: Path, runs: Runs) -> None:
     axial = gain(runs, "axial", "grid", ENCODER_TASKS)
     (folder / "learning.json").write_text(json.dumps({**figures, "axial_over_grid": axial}, indent=1) + "\n")
     for task, arms in runs.items():
-        _plot(folder / f"learning-{task}.png", task, arms)
+        plot(folder / f"learning-{task}.png", arms, TASKS[task].window)
     tables = "\n".join(_table(task, arms) for task, arms in figures.items())
     (folder / "learning-tables.md").write_text(_HEAD + tables + _compared(axial))
 
@@ -127,7 +127,7 @@ def _shown(figure: dict[str, Any]) -> str:
     return f"{figure['mean']:.1f}" + (f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else "")
 
 
-def _plot(path: Path, task: str, arms: dict[str, dict[int, dict[str, Any]]]) -> None:
+def plot(path: Path, arms: dict[str, dict[int, dict[str, Any]]], window: int) -> None:
     """Returns by agent steps, and beside it by seconds of training: one thin line a seed, one colour an arm."""
     import matplotlib
 
@@ -138,13 +138,13 @@ def _plot(path: Path, task: str, arms: dict[str, dict[int, dict[str, Any]]]) -> 
     for number, (name, by_seed) in enumerate(arms.items()):
         for place, run in enumerate(by_seed.values()):
             steps, returns, seconds = np.array(run["games"]).T
-            smooth = _running_mean(returns, TASKS[task].window)
+            smooth = _running_mean(returns, window)
             for axes, x in ((by_steps, steps), (by_seconds, seconds)):
                 label = name if place == 0 else None
                 axes.plot(x[-len(smooth) :], smooth, color=f"C{number}", linewidth=1, alpha=0.8, label=label)
     by_steps.set_xlabel("agent steps")
     by_seconds.set_xlabel("seconds of training")
-    by_steps.set_ylabel(f"return, mean of {TASKS[task].window} games")
+    by_steps.set_ylabel(f"return, mean of {window} games")
     by_steps.legend(frameon=False, fontsize=8)
     for axes in (by_steps, by_seconds):
         axes.spines[["top", "right"]].set_visible(False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from jobs.metrics import METRICS_FILE
 from jobs.workspace import Workspace
 from pipeline.errors import UserError
 from pipeline.registry import resolve
+from rllib_ext.algorithm import LatentDQN
 from rllib_ext.config import LatentDQNConfig
 
 PONG = "PongNoFrameskip-v4"  # as Stable-Baselines3's wrappers want it
@@ -50,17 +52,25 @@ def rally(cell: Cell) -> dict[str, Any]:
     )
     num_workers = cell.settings["num_workers"]
     config = config.training(recipe.train).env_runners(num_env_runners=num_workers).debugging(seed=cell.seed)
+    return learn(config, cell.agent_steps)
+
+
+def learn(
+    config: LatentDQNConfig, agent_steps: int, finish: Callable[[LatentDQN], dict[str, Any]] = lambda algorithm: {}
+) -> dict[str, Any]:
+    """Trains through the algorithm's own interface; `finish` adds to the result what it reads off the algorithm."""
     games: list[list[float]] = []
-    with ray_here(max(2, num_workers)):
+    with ray_here(max(2, config.num_env_runners)):
         algorithm = config.build_algo()
         started = time.monotonic()
-        while algorithm.agent_steps < cell.agent_steps:
+        while algorithm.agent_steps < agent_steps:
             algorithm.train()
             seconds = time.monotonic() - started
             games += [[steps, value, seconds] for steps, value in algorithm.take_finished_games()]
-        updates = algorithm.updates
+        result = {"games": games, "seconds": time.monotonic() - started, "updates": algorithm.updates}
+        result |= finish(algorithm)
         algorithm.stop()
-    return {"games": games, "seconds": time.monotonic() - started, "updates": updates}
+    return result
 
 
 def atari(cell: Cell, folder: Path) -> dict[str, Any]:
@@ -101,15 +111,20 @@ def prior_encoder(workspace: Workspace, cell: Cell) -> str | None:
 
 
 def read_games(path: Path) -> tuple[list[list[float]], float]:
-    """Games and seconds of training from a run's metrics; a game's seconds are those of the record it came with."""
+    """Games and seconds of training from a run's metrics; a game's seconds are those of the record it came with.
+
+    Each sitting of a run counts its seconds from 0; here they go on.
+    """
     games: list[list[float]] = []
     new: list[list[float]] = []  # since the last record
-    seconds = 0.0
+    seconds = before = 0.0
     for line in map(json.loads, path.read_text().splitlines()):
         if "episode_return" in line:
             new.append([line["step"], line["episode_return"]])
         else:
-            seconds = line["seconds"]
+            if before + line["seconds"] < seconds:
+                before = seconds
+            seconds = before + line["seconds"]
             games += [[*game, seconds] for game in new]
             new = []
     return games, seconds

@@ -1,0 +1,1 @@
+"""What `benchmarks/atari.py` runs: arms, games, cells, and what they come to."""

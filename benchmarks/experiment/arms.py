@@ -1,0 +1,195 @@
+"""Arms and games by name: how each learns, for how long, and all that decides a cell.
+
+Settings that an arm does not name are those of its recipe (`latentrl recipes`); CartPole has settings of its own, the
+same for all arms.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from curves import arms as curves
+
+from experiment.worlds import CARTPOLE, World, world
+from jobs.recipes import PretrainRecipe, TrainRecipe, pretrain_recipe, train_recipe
+from pipeline.models.pca import PCASettings
+from rllib_ext.settings import replace_known
+
+RECIPE, ENCODER = "dqn", "vae"
+ORACLE = "oracle"  # in place of a pretraining recipe
+CLOCK_LIMIT_S = 3_600.0
+GREEDY_EPISODES = 20
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to learn.
+
+    Attributes:
+        what: In words.
+        mode: Of `latentrl train`.
+        encoder: Recipe of `latentrl pretrain` that makes the encoder it starts from, ORACLE, or None.
+        recipe: Of `latentrl train`.
+        q: Changes to the recipe's Q network.
+    """
+
+    what: str
+    mode: str
+    encoder: str | None
+    recipe: str = RECIPE
+    q: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Game:
+    """What is played, by whom, for how long.
+
+    Attributes:
+        arms: Names of those that learn it.
+        agent_steps: Decisions of a run.
+        seeds: Runs of an arm.
+        prior_frames: Random-play frames that an encoder is made from.
+        goal: Score whose time is taken, as the mean of the last 10 training games; None: of no interest.
+        num_workers: Remote rollout workers; 0 plays in the learner's process.
+        train: Changes to every arm's Q-learning.
+        pretrain: Changes to every encoder's training.
+    """
+
+    arms: tuple[str, ...]
+    agent_steps: int = 100_000
+    seeds: int = 3
+    prior_frames: int = 100_000
+    goal: float | None = None
+    num_workers: int = 1
+    train: Mapping[str, Any] = field(default_factory=dict)
+    pretrain: Mapping[str, Any] = field(default_factory=dict)
+
+
+ARMS = {
+    "pixels": Arm("pixels from scratch, the DQN paper's convolutions", "pixels", None, q={"torso": "nature"}),
+    "random-encoder": Arm("frozen: the VAE's encoder before its first update", "frozen", "random"),
+    "pca": Arm("frozen: as many principal components as the VAE has latents", "frozen", "pca"),
+    "vae-frozen": Arm("frozen: VAE of random-play frames", "frozen", "vae"),
+    "vae-finetuned": Arm("the same VAE's encoder, finetuned by the TD error", "finetune", "vae"),
+    "vae-online-scratch": Arm("VAE learned online on the replay, from nothing", "online", None, "online"),
+    "vae-online": Arm("the same VAE, learned on online", "online", "vae", "online"),
+    "ram": Arm("oracle: the emulator's 128 bytes of RAM", "frozen", ORACLE),
+    "tuned": Arm("frozen: the same VAE with the recipe `efficient`", "frozen", "vae", "efficient"),
+}
+FROZEN = ("random-encoder", "pca", "vae-frozen", "ram")
+TRAINED = ("pixels", "vae-finetuned", "vae-online-scratch", "vae-online")
+CLOCKED = ("pixels", "vae-frozen")  # go on to the goal, beyond the games' agent steps
+COMPARED = (*FROZEN, *TRAINED)
+
+# Found on the arms `ram` and `vae-frozen` with seed 0.
+_CARTPOLE = {
+    "warmup_agent_steps": 1_000,
+    "epsilon_decay_agent_steps": 8_000,
+    "n_step": 16,
+    "fragment_length": 16,
+    "lr": 1e-3,
+    "target_update_updates": 1_000,
+}
+GAMES = {
+    CARTPOLE: Game(COMPARED, 40_000, 5, 20_000, num_workers=0, train=_CARTPOLE),
+    "pong": Game((*COMPARED, "tuned"), goal=-15.0),
+    "breakout": Game((*COMPARED, "tuned"), goal=5.0),
+    "freeway": Game((*FROZEN, "tuned")),
+    "boxing": Game((*FROZEN, "tuned")),
+    "ms_pacman": Game(("tuned",), 1_000_000, seeds=1),
+}
+_TINY = {"warmup_agent_steps": 100, "epsilon_decay_agent_steps": 200, "batch_size": 8, "envs_per_runner": 4}
+_TINY_PRIOR = {"frames_per_epoch": 256, "monitor_frames": 512, "stats_frames": 512}
+
+
+def short(game: Game) -> Game:
+    """The same at toy size: proves that it runs, decides nothing."""
+    return replace(
+        game,
+        agent_steps=400,
+        seeds=1,
+        prior_frames=1_024,
+        num_workers=0,
+        train={**game.train, **_TINY},
+        pretrain={**game.pretrain, **_TINY_PRIOR},
+    )
+
+
+@dataclass(frozen=True)
+class Cell(curves.Cell):
+    """A game (`task`), an arm and a seed; `settings` holds arm and game as plain values."""
+
+    @classmethod
+    def of(cls, game: str, arm: str, seed: int, *, is_short: bool = False) -> Cell:
+        """Of the tables above."""
+        plan, is_clocked = GAMES[game], arm in CLOCKED
+        plan = short(plan) if is_short else plan
+        settings = {
+            **dataclasses.asdict(ARMS[arm]),
+            "num_workers": plan.num_workers,
+            "prior_frames": plan.prior_frames,
+            "train": dict(plan.train),
+            "pretrain": dict(plan.pretrain),
+            "goal": plan.goal if is_clocked else None,
+            "limit_s": 5.0 if is_short else CLOCK_LIMIT_S,
+            "greedy_episodes": 2 if is_short else GREEDY_EPISODES,
+        }
+        return cls(game, arm, seed, plan.agent_steps, settings)
+
+    @property
+    def game(self) -> str:
+        """What is played."""
+        return self.task
+
+    @property
+    def world(self) -> World | None:
+        """The game where `latentrl`'s commands do not play it."""
+        return world(self.game, is_oracle=self.settings["encoder"] == ORACLE)
+
+    @property
+    def recipe(self) -> TrainRecipe:
+        """The arm's recipe with its changes and the game's; the latent model's architecture is the VAE's.
+
+        Raises:
+            UserError: There is no such recipe or setting.
+        """
+        base = train_recipe(self.settings["recipe"])
+        q, train = replace_known(base.q, dict(self.settings["q"])), base.train.replace(**self.settings["train"])
+        return replace(base, q=q, train=train)
+
+    @property
+    def encoder(self) -> PretrainRecipe | None:
+        """How the encoder is made; None where there is none, or nothing is to be learned for it."""
+        name = self.settings["encoder"]
+        if name in (None, ORACLE):
+            return None
+        recipe = pretrain_recipe(name)
+        known = self.world
+        if known is not None and isinstance(recipe.model, PCASettings):
+            latents = pretrain_recipe(ENCODER).model.for_frames(known.preprocess.height, known.preprocess.width)
+            recipe = replace(recipe, model=replace(recipe.model, z_dim=latents.z_dim))
+        return replace(recipe, train=replace(recipe.train, seed=self.seed, **self.settings["pretrain"]))
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """All that decides the run, the recipes' own settings included; errors as of `recipe`."""
+        names = ("mode", "num_workers", "prior_frames", "goal", "limit_s", "greedy_episodes")
+        run = {key: self.settings[key] for key in names}
+        named = {"game": self.game, "arm": self.arm, "seed": self.seed, "agent_steps": self.agent_steps}
+        encoder = ORACLE if self.settings["encoder"] == ORACLE else self.encoder
+        return {**named, **run, "recipe": self.recipe, "encoder": encoder}
+
+
+def cells(*, is_short: bool = False) -> list[Cell]:
+    """All: seeds outside, so that every arm has its first run before any has its second."""
+    games = {name: short(game) if is_short else game for name, game in GAMES.items()}
+    return [
+        Cell.of(name, arm, seed, is_short=is_short)
+        for seed in range(max(game.seeds for game in games.values()))
+        for name, game in games.items()
+        for arm in game.arms
+        if seed < game.seeds
+    ]

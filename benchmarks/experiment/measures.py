@@ -1,0 +1,49 @@
+"""Measures of runs: a curve at a time, and `rliable`'s interquartile mean and probability of improvement."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+WINDOW = 10  # training games
+RESAMPLES = 2_000
+SEED = 0
+
+
+def at_step(games: Sequence[Sequence[float]], agent_steps: float) -> float:
+    """Mean of the last 10 training games that had ended after so many agent steps; the first game's before any had."""
+    return _last(games, 0, agent_steps)
+
+
+def at_second(games: Sequence[Sequence[float]], seconds: float) -> float:
+    """The same after so many seconds of training. A run that ended before then counts as it ended."""
+    return _last(games, 2, seconds)
+
+
+def _last(games: Sequence[Sequence[float]], column: int, until: float) -> float:
+    ended = [game[1] for game in games if game[column] <= until] or [games[0][1]]
+    return float(np.mean(ended[-WINDOW:]))
+
+
+def interquartile_mean(scores: np.ndarray) -> dict[str, Any]:
+    """Of scores (seeds, games): the mean of the middle half, and its 95% interval by stratified bootstrap."""
+    from rliable import library, metrics
+
+    def middle(values: np.ndarray) -> np.ndarray:
+        return np.array([metrics.aggregate_iqm(values)])
+
+    points, intervals = library.get_interval_estimates(
+        {"arm": scores}, middle, reps=RESAMPLES, random_state=np.random.RandomState(SEED)
+    )
+    low, high = (round(float(value), 3) for value in intervals["arm"][:, 0])
+    seeds, games = scores.shape
+    return {"iqm": round(float(points["arm"][0]), 3), "low": low, "high": high, "seeds": seeds, "games": games}
+
+
+def probability_of_improvement(scores: np.ndarray, others: np.ndarray) -> float:
+    """Chance that a run of the first arm beats one of the second, over games; scores (seeds, games)."""
+    from rliable import metrics
+
+    return float(metrics.probability_of_improvement(scores, others))
