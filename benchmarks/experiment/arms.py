@@ -90,7 +90,8 @@ _CARTPOLE = {
     "epsilon_decay_agent_steps": 8_000,
     "n_step": 16,
     "fragment_length": 16,
-    "lr": 1e-3,
+    "lr": 3e-4,
+    "updates_per_agent_step": 0.5,
     "target_update_updates": 1_000,
 }
 GAMES = {

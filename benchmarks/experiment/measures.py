@@ -12,6 +12,23 @@ RESAMPLES = 2_000
 SEED = 0
 
 
+def _rliable() -> tuple[Any, Any]:
+    """`rliable.library` and `rliable.metrics`.
+
+    Its bootstrap is arch's. arch 7.2, the last one that it takes, decorates a time-series model, which nothing here
+    uses, with a private function of pandas as it was before pandas 3: imported as it is, it raises a TypeError.
+    """
+    from pandas.util import _decorators
+
+    theirs = _decorators.deprecate_kwarg
+    _decorators.deprecate_kwarg = lambda *names, **options: lambda function: function
+    try:
+        from rliable import library, metrics
+    finally:
+        _decorators.deprecate_kwarg = theirs
+    return library, metrics
+
+
 def at_step(games: Sequence[Sequence[float]], agent_steps: float) -> float:
     """Mean of the last 10 training games that had ended after so many agent steps; the first game's before any had."""
     return _last(games, 0, agent_steps)
@@ -29,7 +46,7 @@ def _last(games: Sequence[Sequence[float]], column: int, until: float) -> float:
 
 def interquartile_mean(scores: np.ndarray) -> dict[str, Any]:
     """Of scores (seeds, games): the mean of the middle half, and its 95% interval by stratified bootstrap."""
-    from rliable import library, metrics
+    library, metrics = _rliable()
 
     def middle(values: np.ndarray) -> np.ndarray:
         return np.array([metrics.aggregate_iqm(values)])
@@ -44,6 +61,5 @@ def interquartile_mean(scores: np.ndarray) -> dict[str, Any]:
 
 def probability_of_improvement(scores: np.ndarray, others: np.ndarray) -> float:
     """Chance that a run of the first arm beats one of the second, over games; scores (seeds, games)."""
-    from rliable import metrics
-
+    _, metrics = _rliable()
     return float(metrics.probability_of_improvement(scores, others))
