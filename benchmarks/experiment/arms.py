@@ -84,7 +84,7 @@ TRAINED = ("pixels", "vae-finetuned", "vae-online-scratch", "vae-online")
 CLOCKED = ("pixels", "vae-frozen")  # go on to the goal, beyond the games' agent steps
 COMPARED = (*FROZEN, *TRAINED)
 
-# Found on the arms `ram` and `vae-frozen` with seed 0.
+# Found on the arms `ram` and `vae-frozen` with seed 0; with 40,000 agent steps all frozen arms come near 500.
 _CARTPOLE = {
     "warmup_agent_steps": 1_000,
     "epsilon_decay_agent_steps": 8_000,
@@ -95,7 +95,7 @@ _CARTPOLE = {
     "target_update_updates": 1_000,
 }
 GAMES = {
-    CARTPOLE: Game(COMPARED, 40_000, 5, 20_000, num_workers=0, train=_CARTPOLE),
+    CARTPOLE: Game(COMPARED, 15_000, 5, 20_000, num_workers=0, train=_CARTPOLE),
     "pong": Game((*COMPARED, "tuned"), goal=-15.0),
     "breakout": Game((*COMPARED, "tuned"), goal=5.0),
     "freeway": Game((*FROZEN, "tuned")),
