@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,7 +31,10 @@ def _rliable() -> tuple[Any, Any]:
 
 
 def at_step(games: Sequence[Sequence[float]], agent_steps: float) -> float:
-    """Mean of the last 10 training games that had ended after so many agent steps; the first game's before any had."""
+    """Mean of the last 10 training games that had ended after so many agent steps; the first game's before any had.
+
+    NaN where no game ended at all, as in runs of toy size.
+    """
     return _last(games, 0, agent_steps)
 
 
@@ -40,6 +44,8 @@ def at_second(games: Sequence[Sequence[float]], seconds: float) -> float:
 
 
 def _last(games: Sequence[Sequence[float]], column: int, until: float) -> float:
+    if not games:
+        return math.nan
     ended = [game[1] for game in games if game[column] <= until] or [games[0][1]]
     return float(np.mean(ended[-WINDOW:]))
 

@@ -213,8 +213,8 @@ def _gains(runs: Runs) -> dict[str, Any]:
             low, high = t_interval(np.array(pairs))
             found[f"{arm} - {other}"] = {
                 "mean": _mean(pairs),
-                "low": _finite(low),
-                "high": _finite(high),
+                "low": _rounded(low),
+                "high": _rounded(high),
                 "pairs": len(pairs),
             }
     return found
@@ -243,22 +243,20 @@ def _pairs(
 def _matrix(
     runs: Runs, arm: str, games: Sequence[str], score: Callable[[str, dict[str, Any]], float]
 ) -> np.ndarray | None:
-    """(seeds, games) of the seeds that all these games have; None where there is none."""
+    """(seeds, games) of the seeds that all these games have; None where there is none, or a score is missing."""
     seeds = set.intersection(*(set(_runs(runs, arm, game)) for game in games)) if games else set()
     if not seeds:
         return None
-    return np.array([[score(game, _runs(runs, arm, game)[seed]) for game in games] for seed in sorted(seeds)])
+    matrix = np.array([[score(game, _runs(runs, arm, game)[seed]) for game in games] for seed in sorted(seeds)])
+    return matrix if np.isfinite(matrix).all() else None
 
 
 def _improvement(
     runs: Runs, other: str, games: Sequence[str], score: Callable[[str, dict[str, Any]], float]
 ) -> float | None:
     """Chance that a run of the frozen VAE is better than one of another arm, mean over the games that both have run."""
-    both = [game for game in games if _runs(runs, FRESH, game) and _runs(runs, other, game)]
-    chances = [
-        measures.probability_of_improvement(*(_matrix(runs, arm, [game], score) for arm in (FRESH, other)))
-        for game in both
-    ]
+    scores = [[_matrix(runs, arm, [game], score) for arm in (FRESH, other)] for game in games]
+    chances = [measures.probability_of_improvement(a, b) for a, b in scores if a is not None and b is not None]
     return _mean(chances)
 
 
@@ -267,12 +265,8 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _low(values: Sequence[float]) -> float | None:
-    return _finite(t_interval(np.array(values))[0])
-
-
-def _finite(value: float) -> float | None:
-    return _rounded(value) if math.isfinite(value) else None
+    return _rounded(t_interval(np.array(values))[0])
 
 
 def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 3)
+    return None if value is None or not math.isfinite(value) else round(value, 3)
