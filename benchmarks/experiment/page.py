@@ -49,7 +49,9 @@ def write(folder: Path, runs: Runs) -> None:
     found = figures(runs)
     write_page(folder, "atari", found, tables(found))
     for game in GAMES:
-        arms = {arm: runs[arm][game] for arm in ARMS if game in runs.get(arm, {})}
+        found_here = {arm: runs.get(arm, {}).get(game, {}) for arm in ARMS}
+        played = {arm: {seed: run for seed, run in cells.items() if run["games"]} for arm, cells in found_here.items()}
+        arms = {arm: cells for arm, cells in played.items() if cells}
         if arms:
             plot(folder / f"atari-{game}.png", arms, WINDOW)
 
