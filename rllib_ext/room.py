@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import ray
 import torch
@@ -11,13 +11,37 @@ import torch
 from pipeline.errors import UserError
 from pipeline.machine import free_bytes
 from pipeline.precision import resolve_precision
-from rllib_ext.replay_spec import required_bytes
-
-if TYPE_CHECKING:
-    from rllib_ext.config import LatentDQNConfig
+from rllib_ext.replay_spec import ReplaySpec, required_bytes
+from rllib_ext.settings import DQNSettings, ElboSettings
 
 
-def check_machine(config: LatentDQNConfig) -> None:
+class Asked(Protocol):
+    """What a run asks for; LatentDQNConfig says it."""
+
+    settings: DQNSettings
+    elbo: ElboSettings
+    num_env_runners: int
+    num_learners: int
+    num_gpus_per_learner: float
+    local_gpu_idx: int
+
+    @property
+    def learns_bound(self) -> bool:
+        """Whether minibatches of the bound are shared too."""
+
+    @property
+    def cpus_needed(self) -> float:
+        """Of Ray's count."""
+
+    @property
+    def gpus_needed(self) -> float:
+        """Of Ray's count."""
+
+    def replay_spec(self) -> ReplaySpec:
+        """What the replay holds."""
+
+
+def check_machine(config: Asked) -> None:
     """Refuses a replay that memory cannot hold, and learners or a GPU that cannot be.
 
     Raises:
@@ -47,7 +71,7 @@ def check_machine(config: LatentDQNConfig) -> None:
     resolve_precision(config.settings.precision, "cuda" if gpus else "cpu")
 
 
-def check_cluster(config: LatentDQNConfig) -> None:
+def check_cluster(config: Asked) -> None:
     """Refuses more actors than the cluster, or this machine, has CPUs and GPUs for.
 
     Raises:

@@ -36,7 +36,7 @@ def test_override_of_a_tuple_and_a_flag() -> None:
     ("override", "message"),
     [
         ("train.learning_rate=1", r"unknown setting 'train.learning_rate'; did you mean train\.\w+"),
-        ("lr=1", r"unknown setting 'lr'; did you mean train\.lr\?"),
+        ("lr=1", r"unknown setting 'lr'; did you mean train\.lr, elbo\.lr\?"),
         ("xyzzy=1", r"unknown setting 'xyzzy'; there are: name, .* \(`latentrl recipes` shows all\)$"),
         ("train=3", r"unknown setting 'train'"),
         ("train.lr.x=3", r"unknown setting 'train.lr.x'"),
@@ -74,7 +74,7 @@ def test_what_is_saved_reads_back(recipe, tmp_path: Path) -> None:  # type: igno
 def test_known_keys_cover_the_recipe() -> None:
     recipe = TRAIN_RECIPES["dqn"]
     assert {"train.lr", "q.hidden", "model.z_dim", "name"} <= set(known_keys(recipe))
-    assert set(to_dict(recipe)) == {"name", "q", "train", "model"}
+    assert set(to_dict(recipe)) == {"name", "q", "train", "model", "elbo"}
 
 
 def test_config_file_errors(tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ ROOMY = replace(RECIPE, train=RECIPE.train.replace(replay_capacity=100_000, warm
     [
         ({"game": "pongg"}, "did you mean pong"),
         ({"game": "breakout"}, "game: the encoder .* has 'pong', the environment 'breakout'"),
-        ({"mode": "thawed"}, "unknown mode 'thawed'; choose one of frozen, finetune, pixels"),
+        ({"mode": "thawed"}, "unknown mode 'thawed'; choose one of frozen, finetune, online, pixels"),
         ({"encoder": None}, "mode frozen needs a pretrained encoder; give --encoder"),
         ({"mode": "pixels"}, "leave out --encoder"),
         ({"encoder": "models:/nobody@champion"}, "there is no tracking database"),
