@@ -43,8 +43,8 @@ class Plan:
 
 RECIPE = PretrainRecipe(
     "beta-vae",
-    VAESettings(z_dim=10, patch=8, widths=(64,), min_std=128.0),
-    PretrainConfig(epochs=1, batch_size=32, frames_per_epoch=32 * 20_000, lr=2e-3, precision="auto"),
+    VAESettings(z_dim=10, patch=8, widths=(64,), is_axial=True, min_std=48.0),
+    PretrainConfig(epochs=1, batch_size=32, frames_per_epoch=32 * 8_000, lr=2e-3, precision="auto"),
 )
 
 
