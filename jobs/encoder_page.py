@@ -10,25 +10,18 @@ from pathlib import Path
 from jobs.encoder_place import EncoderPlace
 from jobs.encoder_section import Remarks, bundle_facts, encoder_curve, plates
 from jobs.page import flat_rows, listing, places, text, train_command
-from jobs.probe import PROTOCOL
-from jobs.probe_section import probe_summary, probe_table
+from jobs.probe_section import probe_data_command, probe_summary, probe_table
 from jobs.turns_section import turn_groups
 from jobs.workspace import Workspace
-from pipeline import atariari
 from pipeline.artifact import load_config, load_preprocess, load_stats
 from pipeline.charts import BarChart, bar_chart, number
 from pipeline.origin import load_origin
 from pipeline.pictures import Figures
-from pipeline.probed import Probed, latest
+from pipeline.probed import Probed, latest, learned_elsewhere
 from pipeline.registry import ui_command
 from pipeline.report import Command, Fact, ReportContent, Table
 from pipeline.untrusted import read_json
 from pipeline.views import units
-
-PROBE_DATA = (
-    "latentrl collect --game {game} --protocol atariari --part {part} --frames {frames} --resolution {size} --with-ram "
-    "--out DIR"
-)
 
 
 def encoder_content(
@@ -48,6 +41,8 @@ def encoder_content(
     probed = latest(probes, is_standardised=False)
     if probed is None:
         said["probes"].append(_probe_command(place, workspace))
+    elif remark := learned_elsewhere(preprocess.protocol):
+        said["probes"].append(remark)
     curve = encoder_curve(place.curve, place.facts.get("bits_per_dim"))
     if curve is None:
         said["encoder_curve"].append(_no_curve(place))
@@ -101,19 +96,11 @@ def _stages(place: EncoderPlace, probed: Probed | None) -> list[Fact]:
 
 def _probe_command(place: EncoderPlace, workspace: Workspace) -> str:
     """Why there is no probe, and what to type."""
-    preprocess = load_preprocess(place.bundle)
-    if preprocess.game.replace("_", "") not in atariari.games():
+    make = probe_data_command(preprocess := load_preprocess(place.bundle))
+    if make is None:
         return (
             f"AtariARI has no labels for {preprocess.game}, so what this encoder knows of its state cannot be probed."
         )
-    if preprocess.protocol != PROTOCOL:
-        make = PROBE_DATA.format(game=preprocess.game, size="210x160", part="pretrain", frames=100_000)
-        return (
-            f"Not probed: probes are of encoders that learned under protocol {PROTOCOL}, this one did under "
-            f"{preprocess.protocol}. Type: {make}; then: latentrl pretrain probe --data DIR --register NAME"
-        )
-    size = f"{preprocess.height}x{preprocess.width}"
-    make = PROBE_DATA.format(game=preprocess.game, size=size, part="probe", frames=50_000)
     return (
         f"Not probed yet. Type: latentrl probe {shlex.quote(place.address)} --data DIR {places(workspace)}; frames for "
         f"it come of: {make}"

@@ -100,7 +100,7 @@ def find_encoder(asked: str, workspace: Workspace) -> EncoderPlace:
     run = next((run for run in made_here if run.result.get("sha256") == resolved.sha256), None)
     if run is not None:
         return place_of_run(run)
-    own = workspace.encoders / resolved.sha256[:16]
+    own = workspace.encoders / _short(resolved.sha256)
     address, found = resolved.uri or str(resolved.path), _on_server(resolved.sha256, workspace.tracking_uri)
     if found is None:
         return EncoderPlace(resolved.path, resolved.sha256, address, own)
@@ -111,6 +111,23 @@ def find_encoder(asked: str, workspace: Workspace) -> EncoderPlace:
         place.make_folder()
         record.write(own)
     return place
+
+
+def probes_here(sha256: str, workspace: Workspace) -> list[Probed]:
+    """What is recorded on this machine of probes of a bundle, the oldest first; contacts no server.
+
+    Raises:
+        UserError: A record is damaged.
+    """
+    made_here = (run for run in newest_first(workspace.runs) if run.record.stage == STAGE)
+    folders = [run.path for run in made_here if run.result.get("sha256") == sha256]
+    folders += sorted(workspace.encoders.glob(f"{_short(sha256)}*"))
+    return [probed for folder in folders for probed in Probed.read_all(folder / PROBE_FOLDER)]
+
+
+def _short(sha256: str) -> str:
+    """What the folder of an encoder in the home is named after."""
+    return sha256[:16]
 
 
 def place_of_run(run: RunFolder) -> EncoderPlace:

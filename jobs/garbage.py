@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from jobs import kept_encoders
 from jobs.settings import CONFIG_FILE, load_resolved
 from jobs.workspace import BUNDLE_FOLDER, CHECKPOINT_FOLDER, CHECKPOINTS_FOLDER, POLICY_FOLDER, RESULT_FILE
 from pipeline import bundle
@@ -143,6 +144,7 @@ def _run_leftovers(folder: Path) -> Iterator[Path]:
     yield from leftovers(folder / CHECKPOINT_FOLDER)
     for name in (BUNDLE_FOLDER, POLICY_FOLDER):
         yield from bundle.drafts(folder / name)
+    yield from kept_encoders.leftovers(folder)
     yield from sorted((folder / "staged").glob("*"))
     yield from (folder / name for name in TEMPORARY_FILES if (folder / name).is_file())
 

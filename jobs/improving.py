@@ -41,15 +41,15 @@ def improved_encoder(
     """
     if not algorithm.encoder_learning.is_on:
         return {}
-    model = _model(algorithm, preprocess)
+    model = newest_model(algorithm, preprocess)
     frames = algorithm.replay.rows_at("obs", algorithm.replay.draw_rows(NUM_FRAMES))
-    stats, bound = _measured(model, frames)
+    stats, bound = measured(model, frames)
     bits = bits_per_dim(bound, preprocess.height * preprocess.width)
     path = run.folder / BUNDLE_FOLDER
     if path.exists():  # of an earlier sitting, with fewer steps
         shutil.rmtree(path)
     origin = load_origin(resolved.path) if resolved else None
-    sha256 = save_encoder(path, model, stats, preprocess, _card(run, algorithm, resolved, bits), origin)
+    sha256 = save_encoder(path, model, stats, preprocess, encoder_card(run, algorithm, resolved, bits), origin)
     registered = register_encoder(
         run,
         path,
@@ -69,14 +69,15 @@ def improved_encoder(
     }
 
 
-def _model(algorithm: LatentDQN, preprocess: Preprocess) -> LatentModel:
+def newest_model(algorithm: LatentDQN, preprocess: Preprocess) -> LatentModel:
+    """The model as the learners have it now, in eval mode."""
     model = models.build(algorithm.config.encoder_config.for_frames(preprocess.height, preprocess.width))
     weights = algorithm.learners.model_weights()
     model.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in weights.items()})
     return model.eval()
 
 
-def _measured(model: LatentModel, frames: NDArray[np.uint8]) -> tuple[LatentStats, float]:
+def measured(model: LatentModel, frames: NDArray[np.uint8]) -> tuple[LatentStats, float]:
     """Statistics of the latents, and the bound in nats per frame."""
     tally = Tally(model.config.z_dim, torch.device("cpu"))
     for batch in torch.split(torch.from_numpy(frames), _BATCH):
@@ -84,7 +85,8 @@ def _measured(model: LatentModel, frames: NDArray[np.uint8]) -> tuple[LatentStat
     return tally.stats(model.config), tally.elbo
 
 
-def _card(run: Run, algorithm: LatentDQN, resolved: Resolved | None, bits: float) -> dict[str, Any]:
+def encoder_card(run: Run, algorithm: LatentDQN, resolved: Resolved | None, bits: float) -> dict[str, Any]:
+    """Facts for the model card of the newest encoder, whose bits per dimension are of frames of the replay."""
     updates = algorithm.encoder_learning.updates
     return {
         "Started from": f"{resolved.uri or resolved.address} ({resolved.sha256})" if resolved else "nothing",

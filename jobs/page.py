@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+from jobs.change_section import change_content
 from jobs.encoder_section import Remarks, encoder_bundle, encoder_curve, encoder_facts, encoder_pictures
 from jobs.relatives import RANDOM_PREFIX, Relatives, RunFolder, points
 from jobs.workspace import Workspace
@@ -40,6 +41,7 @@ def page_content(run: RunFolder, kin: Relatives, workspace: Workspace) -> Report
         curve=_curve(kin, remarks),
         curve_note=f"Raw points of the games played while learning, exploration included: mean of the last "
         f"{CURVE_WINDOW} games at each point.",
+        change=change_content(run, workspace, places(workspace), remarks) if run == kin.train else None,
         encoder_facts=encoder_facts(kin, remarks),
         encoder_curve=_encoder_curve(kin),
         pictures=encoder_pictures(kin, remarks),

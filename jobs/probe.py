@@ -20,12 +20,13 @@ from pipeline.labels import features_of, read_labels
 from pipeline.origin import load_origin, require_unseen
 from pipeline.outbox import Outbox
 from pipeline.probe import MAX_EPOCHS, probe_features, standardised
-from pipeline.probed import AS_THEY_ARE, PROBE_FOLDER, Probed, write_probe
+from pipeline.probed import AS_THEY_ARE, PROBE_FOLDER, PROTOCOL, Probed, learned_elsewhere, write_probe
 from pipeline.registry import add_to_run
+from pipeline.schema import RULES_OF_PLAY
 from pipeline.storage import base_name
 from pipeline.store import FramesDataset
 
-PROTOCOL, POLICY = "atariari", "random"
+POLICY = "random"
 METHODS = ("vae", "st-dim", "supervised")  # shown beside
 
 
@@ -60,14 +61,17 @@ def run(
     if with_velocity and dataset.preprocess.game not in velocity.GAMES:
         raise UserError(f"--velocity is measured on {' and '.join(velocity.GAMES)}, not on {dataset.preprocess.game}")
     place = find_encoder(encoder, workspace)
-    network = load_encoder(place.bundle, preprocess=dataset.preprocess)
-    remark = require_unseen(dataset, load_origin(place.bundle))
+    network = load_encoder(place.bundle)
+    same = {"mine": f"the encoder {place.bundle}", "theirs": "these frames"}
+    network.preprocess.require_match(dataset.preprocess, **same, may_differ=RULES_OF_PLAY)
+    said = (require_unseen(dataset, load_origin(place.bundle)), learned_elsewhere(network.preprocess.protocol))
     dataset.require_sound_files()
     place.make_folder()
     earlier = place.probes(workspace.tracking_uri)
     measured = _measured(network, dataset, is_standardised=is_standardised, with_velocity=with_velocity, seed=seed)
     result = {"encoder": place.address, "encoder_sha256": place.sha256, "dataset": dataset.uri, **measured}
-    result |= {"remark": remark, "run_id": place.record.run_id if place.record else None}
+    remark = " ".join(sentence for sentence in said if sentence)
+    result |= {"remark": remark or None, "run_id": place.record.run_id if place.record else None}
     result["record"] = str(write_probe(place.folder, result))
     if place.record is not None:
         say = partial(_say, place, result, earlier)

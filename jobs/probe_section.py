@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jobs.encoder_section import Remarks
+from pipeline import atariari
 from pipeline.charts import number
-from pipeline.probed import AS_THEY_ARE, SHOWN_METHODS, Probed, latest
+from pipeline.probed import AS_THEY_ARE, PROTOCOL, SHOWN_METHODS, Probed, latest
 from pipeline.report import Mark, ProbeRow, ProbeTable
+from pipeline.schema import Preprocess
 
 METHODS = dict(zip(SHOWN_METHODS, ("random network", "VAE", "ST-DIM", "supervised")))
 PUBLISHED_AT = "210x160"
@@ -17,6 +19,16 @@ LEAD = (
     "features are decides much of such a score, so read it beside that of the same network untrained, too "
     "(docs/probe.md).{velocity}"
 )
+
+
+def probe_data_command(preprocess: Preprocess) -> str | None:
+    """How to collect frames to probe encoders of such frames on; None for a game without labels."""
+    if preprocess.game.replace("_", "") not in atariari.games():
+        return None
+    return (
+        f"latentrl collect --game {preprocess.game} --protocol {PROTOCOL} --part probe --frames 50000 --resolution "
+        f"{preprocess.height}x{preprocess.width} --with-ram --out DIR"
+    )
 
 
 def probe_summary(probed: Probed | None, z_dim: int) -> str:

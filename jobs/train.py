@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 from jobs.cluster import ray_session
 from jobs.garbage import removal_note
 from jobs.improving import improved_encoder
+from jobs.keeping import KeptEncoders
 from jobs.metrics import Metrics
 from jobs.progress import progress
 from jobs.resuming import Earlier, earlier_run
 from jobs.settings import save_resolved, to_dict
 from jobs.termination import deferred
 from jobs.training import Training
-from jobs.workspace import CHECKPOINT_FOLDER, POLICY_FOLDER, RESULT_FILE, Workspace
+from jobs.workspace import BUNDLE_FOLDER, CHECKPOINT_FOLDER, POLICY_FOLDER, RESULT_FILE, Workspace
 from pipeline import models
 from pipeline.artifact import load_preprocess
 from pipeline.atari import preprocess_for
@@ -214,6 +215,7 @@ class _Session:
     def __init__(self, opened: Run, plan: Training, preprocess: Preprocess, resolved: Resolved | None) -> None:
         self._run, self._plan, self._preprocess, self._resolved = opened, plan, preprocess, resolved
         self._folder, self._metrics = opened.folder, Metrics(opened)
+        self._encoders = KeptEncoders(opened, plan, preprocess, resolved)
         self._started_at = self._recorded_at = time.monotonic()
 
     def run(self, config: LatentDQNConfig, name: str, *, is_resumed: bool) -> dict[str, Any]:
@@ -221,6 +223,7 @@ class _Session:
         if self._resolved is not None:
             self._run.log_model_input("encoder", self._resolved)
         algorithm: LatentDQN = config.latent(run_id=self._run.run_id).build_algo()
+        algorithm.encoder_learning.on_start = lambda: self._encoders.keep(algorithm)
         try:
             if is_resumed:
                 checkpoint = _checkpoint(self._folder)
@@ -286,9 +289,11 @@ class _Session:
     def _forget_after(self, agent_steps: int) -> None:
         """Drops what a killed sitting recorded after its last checkpoint: it is played again."""
         self._metrics.forget(lambda recorded: recorded > agent_steps)
+        self._encoders.forget_after(agent_steps)
         save_resolved(self._folder, self._plan, "train")  # its agent steps may be more
 
     def _save(self, algorithm: LatentDQN) -> None:
+        self._encoders.keep(algorithm)  # first: what has no checkpoint is dropped by the next sitting
         algorithm.save_to_path(self._folder / CHECKPOINT_FOLDER)
 
     def _hashes_before(self, algorithm: LatentDQN) -> dict[str, str]:
@@ -312,6 +317,8 @@ class _Session:
         tags = {"game": self._plan.game, "mode": self._plan.mode, "agent_steps": algorithm.agent_steps}
         registered = register_policy(self._run, policy, name, encoder=self._resolved, tags=tags)
         improved = improved_encoder(self._run, algorithm, self._plan, self._preprocess, self._resolved)
+        if improved:
+            self._encoders.end_with(self._folder / BUNDLE_FOLDER, algorithm.agent_steps)
         has_games = math.isfinite(figures["episode_return_mean"])
         result = {
             "policy": str(policy),

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.artifact import CARD_FILE, load_stats
+from pipeline.artifact import CARD_FILE, load_preprocess, load_stats
 from pipeline.delivery import MAX_DESCRIPTION_CHARS
 from pipeline.outbox import Outbox
-from pipeline.probed import PROBE_FOLDER, SHOWN_METHODS, Probed, latest
+from pipeline.probed import PROBE_FOLDER, SHOWN_METHODS, Probed, latest, learned_elsewhere
 from pipeline.untrusted import read_bytes
 
 NOTE_TAG = "mlflow.note.content"  # of a run: what MLflow shows as its description
@@ -34,7 +34,7 @@ def model_card(bundle: Path, probes: Sequence[Probed]) -> str:
         return (
             f"{text}Not probed yet: `latentrl probe ENCODER --data DIR` measures what it knows of the game's state.\n"
         )
-    return _with_rows(text + _heading(probed), _rows(probed))
+    return _with_rows(text + _heading(probed, learned_elsewhere(load_preprocess(bundle).protocol)), _rows(probed))
 
 
 def describe(outbox: Outbox, bundle: Path, sha256: str, probes: Sequence[Probed]) -> None:
@@ -53,12 +53,13 @@ def describe(outbox: Outbox, bundle: Path, sha256: str, probes: Sequence[Probed]
         outbox.append("tag", {"key": key, "value": value})
 
 
-def _heading(probed: Probed) -> str:
+def _heading(probed: Probed, remark: str | None) -> str:
     moving = ", ".join(f"{name} {r2:.2f}" for name, r2 in (probed.velocity_r2 or {}).items())
     return (
         f"Linear probes for the state of {probed.game} on {probed.test_frames} test frames of {probed.resolution}, "
         "weighted F1; published figures (arXiv:1906.08226) are of 210x160. The scale of features decides much of such "
         "a score: read it beside that of the same network untrained, too (docs/probe.md)."
+        + (f" {remark}" if remark else "")
         + (f" Velocity of the ball, R2: {moving}." if moving else "")
         + f"\n\n| | here | {' | '.join(SHOWN_METHODS)} |\n|---{'|---' * (len(SHOWN_METHODS) + 1)}|\n"
     )

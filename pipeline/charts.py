@@ -54,7 +54,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Chart:
-    """A line chart laid out; `line` and `band` are SVG paths."""
+    """A line chart laid out; `line`, `band` and `second` (another line to compare with, or "") are SVG paths."""
 
     x_label: str
     y_label: str
@@ -63,6 +63,7 @@ class Chart:
     line: str
     band: str
     references: list[Reference]
+    second: str = ""
     width: int = WIDTH
     height: int = HEIGHT
     left: int = LEFT
@@ -147,7 +148,13 @@ def thinned(points: Sequence[tuple[float, float]], *, num_points: int = 200) -> 
     return Series(kept[:, 0], kept[:, 1])
 
 
-def line_chart(series: Series, x_label: str, y_label: str, references: Sequence[tuple[str, str, float]] = ()) -> Chart:
+def line_chart(
+    series: Series,
+    x_label: str,
+    y_label: str,
+    references: Sequence[tuple[str, str, float]] = (),
+    second: Series | None = None,
+) -> Chart:
     """Lays out one series, with an interval where it has one, and lines to compare with.
 
     Args:
@@ -155,11 +162,14 @@ def line_chart(series: Series, x_label: str, y_label: str, references: Sequence[
         x_label: Title of the horizontal axis, with its unit.
         y_label: Title of the vertical axis, with its unit.
         references: (label, kind, value) of each horizontal line; `kind` becomes its CSS class.
+        second: A series of the same unit, drawn without its interval.
     """
-    low, high = _range(series)
+    lows, highs = zip(*(_range(shown) for shown in (series, second) if shown is not None), strict=True)
+    low, high = min(lows), max(highs)
     near = [value for _, _, value in references if _is_near(value, low, high)]
     y_axis = _Axis(min([low, *near]), max([high, *near]), HEIGHT - BOTTOM, TOP)
-    x_axis = _Axis(min(0.0, float(series.x[0])), float(series.x[-1]), LEFT, WIDTH - RIGHT, is_rounded=False)
+    end = max(float(shown.x[-1]) for shown in (series, second) if shown is not None)
+    x_axis = _Axis(min(0.0, float(series.x[0])), end, LEFT, WIDTH - RIGHT, is_rounded=False)
     xs = [x_axis.at(x) for x in series.x]
     return Chart(
         x_label,
@@ -169,6 +179,7 @@ def line_chart(series: Series, x_label: str, y_label: str, references: Sequence[
         _path(xs, [y_axis.at(y) for y in series.mean]),
         _band(xs, series, y_axis),
         [Reference(label, kind, y_axis.at(v) if _is_near(v, low, high) else None) for label, kind, v in references],
+        _path([x_axis.at(x) for x in second.x], [y_axis.at(y) for y in second.mean]) if second else "",
     )
 
 

@@ -64,7 +64,7 @@ def require_unseen(dataset: FramesDataset, origin: Origin | None) -> str | None:
         UserError: The same dataset, or an emulator's seed in common.
     """
     if origin is None:
-        return "the encoder's bundle does not say what it learned from: that it has seen these games is not excluded"
+        return "The encoder's bundle does not say what it learned from: that it has seen these games is not excluded."
     if origin.digest == dataset.digest:
         raise UserError(f"the encoder learned from {dataset.uri} itself; collect another dataset with --part probe")
     common = set(origin.emulator_seeds) & set(dataset.episodes["seed"].to_pylist())

@@ -15,6 +15,7 @@ from pipeline.tracking import tagged
 from pipeline.untrusted import from_record, read_json, short
 
 PROBE_FOLDER = "probe"  # in the encoder's folder, and among its run's artifacts
+PROTOCOL = "atariari"  # of the frames, and of those that the published encoders learned from
 AS_THEY_ARE = "posterior mean"  # the features that the protocol asks for
 SHOWN_METHODS = ("random-cnn", "vae", "st-dim", "supervised")
 
@@ -95,6 +96,16 @@ class Probed:
             return {}
         facts = {"f1": round(self.f1, 4), "resolution": self.resolution, "digest": self.digest, "seed": self.seed}
         return tagged("probe", facts)
+
+
+def learned_elsewhere(protocol: str) -> str | None:
+    """What to read beside published figures where an encoder learned under another protocol; None under the same."""
+    if protocol == PROTOCOL:
+        return None
+    return (
+        f"The encoder learned under protocol {protocol}; the published ones learned from a random agent's games under "
+        f"{PROTOCOL}."
+    )
 
 
 def write_probe(folder: Path, result: Mapping[str, Any]) -> Path:

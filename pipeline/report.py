@@ -156,6 +156,51 @@ class ProbeTable:
 
 
 @dataclass(frozen=True)
+class Version:
+    """An encoder as it was at one time of a run; without facts the frames themselves.
+
+    Attributes:
+        name: When, in words.
+        frames: A PNG picture: what it makes of them, beside each other.
+        facts: Numbers of it.
+    """
+
+    name: str
+    frames: bytes
+    facts: list[Fact] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A chart, and what its one or two lines are."""
+
+    chart: Chart
+    label: str
+    second_label: str = ""
+
+
+@dataclass(frozen=True)
+class Change:
+    """How an encoder changed during a run.
+
+    Attributes:
+        lead: What is shown.
+        order: Which frames they are, from left to right.
+        versions: The frames first, then the encoders in order of time.
+        probe_columns: Of the table of probes; the first is of names.
+        probe_rows: One a variable; none where nothing has been probed.
+        plots: What the run recorded on its way.
+    """
+
+    lead: str
+    order: str
+    versions: list[Version]
+    probe_columns: list[str] = field(default_factory=list)
+    probe_rows: list[list[str]] = field(default_factory=list)
+    plots: list[Plot] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class ReportContent:
     """Everything that a page shows. What is absent or went wrong is named in `remarks` and so said on the page.
 
@@ -168,6 +213,7 @@ class ReportContent:
         gameplay: The film.
         curve: Learning curve of the agent.
         curve_note: How to read it.
+        change: How the encoder changed meanwhile, where it did.
         encoder_facts: Numbers of the encoder.
         encoder_curve: Learning curve of the encoder.
         pictures: What the encoder has learned.
@@ -178,8 +224,8 @@ class ReportContent:
         settings: Resolved configurations.
         provenance: Digests, versions, run ids.
         commands: What to type next.
-        remarks: Section name (results, gameplay, curve, probes, encoder, pictures, encoder_curve, settings, provenance)
-            to the sentences that say what is not there, and how to get it, or what went wrong.
+        remarks: Section name (results, gameplay, curve, change, probes, encoder, pictures, encoder_curve, settings,
+            provenance) to the sentences that say what is not there, and how to get it, or what went wrong.
     """
 
     title: str
@@ -190,6 +236,7 @@ class ReportContent:
     gameplay: Picture | None = None
     curve: Chart | None = None
     curve_note: str = ""
+    change: Change | None = None
     encoder_facts: list[Fact] = field(default_factory=list)
     encoder_curve: Chart | None = None
     pictures: list[Picture] = field(default_factory=list)
@@ -225,7 +272,7 @@ def write_report(out: Path, content: ReportContent) -> Path:
     )
     environment.filters |= {"score": score, "percent": percent}
     script = (Path(__file__).parent / SCRIPT_FILE).read_text(encoding="utf-8")
-    environment.globals |= {"content": content, "embed": _embed, "still": _still}
+    environment.globals |= {"content": content, "embed": _embed, "embed_png": _embed_png, "still": _still}
     page = environment.get_template("report.html.j2").render(
         intervals=_intervals(content.scores), script=Markup(script), script_hash=Markup(_policy_hash(script))
     )
@@ -247,6 +294,10 @@ def _policy_hash(script: str) -> str:
 
 def _embed(path: Path) -> Markup:
     return _data_uri(_MEDIA_TYPES[path.suffix], path.read_bytes())
+
+
+def _embed_png(data: bytes) -> Markup:
+    return _data_uri("image/png", data)
 
 
 def _still(path: Path) -> Markup:

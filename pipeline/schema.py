@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ DTYPE_KEY = b"latentrl.dtype"
 PREPROCESS_KEY = b"latentrl.preprocess"
 
 MAX_ACTIONS = 18
+# Of a `Preprocess`: what decides which frames come, and not what a frame looks like.
+RULES_OF_PLAY = ("protocol", "sticky_probability", "action_set", "noop_max", "fire_reset")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _RANGES = {
     "frame_skip": (1, 60),
@@ -103,18 +106,19 @@ class Preprocess:
         """
         return from_record(cls, record, what)
 
-    def require_match(self, other: Preprocess, *, mine: str, theirs: str) -> None:
+    def require_match(self, other: Preprocess, *, mine: str, theirs: str, may_differ: Collection[str] = ()) -> None:
         """Refuses to combine what was made from differently prepared frames.
 
         Args:
             other: The record to compare with.
             mine: What this record belongs to, for the message ("the encoder").
             theirs: What the other belongs to ("the environment").
+            may_differ: Fields that do not matter; `RULES_OF_PLAY` where frames are only looked at.
 
         Raises:
             UserError: Names each field that differs, with both values.
         """
-        names = [f.name for f in dataclasses.fields(self) if f.name != "ale_version"]
+        names = [f.name for f in dataclasses.fields(self) if f.name not in {"ale_version", *may_differ}]
         differing = [n for n in names if getattr(self, n) != getattr(other, n)]
         if differing:
             both = "; ".join(f"{n}: {mine} has {getattr(self, n)!r}, {theirs} {getattr(other, n)!r}" for n in differing)

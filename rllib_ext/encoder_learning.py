@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -34,7 +34,9 @@ class EncoderLearning:
 
     Attributes:
         is_on: Whether this run's mode has one.
+        has_started: Whether the first version has been published.
         updates: On the bound, those from nothing at the start not counted.
+        on_start: Called when the first version has been published.
         cache: Latents beside the replay's frames; None where Q's frames are encoded when drawn.
     """
 
@@ -42,7 +44,8 @@ class EncoderLearning:
         """Takes the algorithm's parts; a restored replay takes the place of the first."""
         self._config, self._settings, self._learners, self._replay = config, config.elbo, learners, replay
         self.is_on, self.updates = config.learns_bound, 0
-        self._has_started = False
+        self.has_started = False
+        self.on_start: Callable[[], None] = lambda: None
         self._figures: dict[str, float] = {}
         self._background = ThreadPoolExecutor(1, thread_name_prefix="latents")
         self.cache = self._new_cache(replay)
@@ -62,19 +65,20 @@ class EncoderLearning:
         """Makes a share of the updates that are due, before Q makes the same share of its own."""
         if not self.is_on:
             return
-        if not self._has_started:
+        if not self.has_started:
             self._start()
         due = self._settings.due_updates(agent_steps) - self.updates
         self._update(max(0, math.ceil(due * share)), self._settings.lr)
 
     def _start(self) -> None:
         """Once, before Q's first update: a model from nothing is set from what has been seen, and learns from it."""
-        self._has_started = True
+        self.has_started = True
         if self._config.bundle is None:
             self._learners.initialise_model(self._frames(_INITIAL_FRAMES))
             self._update(self._settings.scratch_updates, self._settings.scratch_lr)
             self.updates = 0
         self._publish(1.0)
+        self.on_start()
 
     def _update(self, number: int, lr: float) -> None:
         every = self._settings.publish_updates
@@ -143,12 +147,12 @@ class EncoderLearning:
 
     def state(self) -> dict[str, Any]:
         """What learners and replay do not hold."""
-        state = {"updates": self.updates, "has_started": self._has_started, "figures": dict(self._figures)}
+        state = {"updates": self.updates, "has_started": self.has_started, "figures": dict(self._figures)}
         return state | ({} if self.cache is None else {"cache": self.cache.state()})
 
     def set_state(self, state: Mapping[str, Any], replay: ColumnarReplay) -> None:
         """Goes on with a restored replay and restored learners."""
-        self.updates, self._has_started, self._figures = state["updates"], state["has_started"], dict(state["figures"])
+        self.updates, self.has_started, self._figures = state["updates"], state["has_started"], dict(state["figures"])
         self._replay, self.cache = replay, self._new_cache(replay)
         if self.cache is not None:
             self.cache.set_state(state["cache"], self._learners.reading_encoders())
