@@ -104,6 +104,8 @@ class RunState:
         if self.progress != "under way":
             (folder / "result.json").write_text(json.dumps({"agent_steps": 104}))
         seal(folder / ("bundle" if self.stage == "pretrain" else "policy"), {"q.safetensors": b"weights"})
+        if self.stage == "train":
+            seal(folder / "encoders" / "agent-steps-000020000", {"model.safetensors": b"weights"})
         self._checkpoints(folder)
         for name in self.leftovers:
             path = folder / name if name.endswith(".tmp") else folder / name / "half"

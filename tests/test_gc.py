@@ -36,11 +36,24 @@ from pipeline.records import Records
 from pipeline.tracking import RunRecord
 from rllib_ext.checkpoint import find_checkpoint, verify_checkpoint
 
-PLACES = (".", "checkpoint", "checkpoint/replay", "checkpoints", "checkpoints/epoch-00001", "policy", "bundle", "notes")
+PLACES = (
+    ".",
+    "checkpoint",
+    "checkpoint/replay",
+    "checkpoints",
+    "checkpoints/epoch-00001",
+    "policy",
+    "bundle",
+    "encoders",
+    "notes",
+)
 FOREIGN = [
     *((place, name) for place in PLACES for name in ("thesis.tex", "link")),
     (".", "thesis.tmp"),
-    *((place, "link") for place in (".checkpoint.new-ab12", "staged/version-q", ".gc-old")),
+    *(
+        (place, "link")
+        for place in (".checkpoint.new-ab12", "staged/version-q", ".gc-old", "encoders/.agent-steps-000020000-ab12")
+    ),
 ]
 LEFTOVERS = (
     ".checkpoint.new-ab12",
@@ -50,6 +63,7 @@ LEFTOVERS = (
     "staged/tmpabc",
     ".gc-old",
     "metrics.jsonl.tmp",
+    "encoders/.agent-steps-000020000-ab12",
 )
 SELDOM, MOSTLY = st.sampled_from([False, False, False, True]), st.sampled_from([True, True, True, False])
 RUNS = st.builds(
@@ -146,6 +160,7 @@ def a_run_keeps_what_it_needs(
         assert all(after.get(name) == before[name] for name in inside)
         return
     needed = ["run.json", "config.yaml", "result.json", "outbox.jsonl", "outbox.done", "policy", "bundle"]
+    kept = folder / "encoders" / "agent-steps-000020000"
     is_newest = home.latest_run_folder(state.name) == folder
     if state.is_resumable:
         needed.append("checkpoints")
@@ -156,7 +171,7 @@ def a_run_keeps_what_it_needs(
             verify_checkpoint(found, "run")
         assert "later" in (found / "state.json").read_text()
     for name in inside:
-        if (place / name).relative_to(folder).parts[0] in needed:
+        if (place / name).relative_to(folder).parts[0] in needed or (place / name).is_relative_to(kept):
             assert after.get(name, (None,))[0] == before[name][0]
 
 

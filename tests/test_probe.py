@@ -338,6 +338,29 @@ def test_it_is_refused_where_it_would_mean_nothing(
         assert re.search(message, error), error
 
 
+def test_an_encoder_of_another_protocol_is_probed_with_a_remark_and_of_other_frames_refused(
+    dataset: FramesDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What its frames look like must be the same, and not who played and by which rules."""
+    torch.manual_seed(0)
+    model = models.build(VAESettings(z_dim=6, patch=4, widths=(8, 8)).for_frames(HEIGHT, WIDTH))
+    other = replace(PONG, protocol="machado", sticky_probability=0.25, action_set=("NOOP", "FIRE"), noop_max=0)
+    kept = {"played": other, "skipped": replace(other, frame_skip=3), "same": PONG}
+    for name, preprocess in kept.items():
+        save_encoder(tmp_path / name, model, LatentStats.identity(6), preprocess, {})
+    results = {}
+    for name in ("played", "same"):
+        command = ["probe", str(tmp_path / name), "--data", dataset.root, "--home", str(tmp_path / "home"), "--json"]
+        assert cli.main(command) == 0
+        results[name] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert results["played"]["f1_by_variable"] == results["same"]["f1_by_variable"]
+    assert "learned under protocol machado" in results["played"]["remark"]
+    assert "protocol" not in results["same"]["remark"]
+    assert cli.main(["probe", str(tmp_path / "skipped"), "--data", dataset.root, "--home", str(tmp_path / "home")]) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"prepare frames differently .frame_skip: .* has 3, these frames \d+\)", error), error
+
+
 def test_a_bundle_that_does_not_say_what_it_learned_from_is_remarked_on(dataset: FramesDataset, tmp_path: Path) -> None:
     assert load_origin(encoder(tmp_path / "old")) is None
     assert "not excluded" in str(require_unseen(dataset, None))
