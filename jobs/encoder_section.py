@@ -46,9 +46,10 @@ FACTS = {
 
 
 def encoder_bundle(kin: Relatives) -> Path | None:
-    """The encoder's bundle, where pretraining made it or inside of the policy."""
+    """The encoder's bundle, where pretraining made it, inside of the policy, or where Q-learning made it of nothing."""
     places = [kin.pretrain.path / BUNDLE_FOLDER] if kin.pretrain else []
     places += [kin.policy / "encoder"] if kin.policy else []
+    places += [kin.train.path / BUNDLE_FOLDER] if kin.train else []
     return next((path for path in places if (path / "stats.json").is_file()), None)
 
 
@@ -61,7 +62,10 @@ def encoder_facts(kin: Relatives, remarks: Remarks) -> list[Fact]:
         elif kin.train:
             remarks["encoder"].append("This run has no finished encoder.")
         return []
-    return bundle_facts(bundle, kin.pretrain.result if kin.pretrain else {}, remarks)
+    known = kin.pretrain.result if kin.pretrain else {}
+    if kin.train and bundle == kin.train.path / BUNDLE_FOLDER:
+        known = {"bits_per_dim": kin.train.result.get("encoder_bits_per_dim")}
+    return bundle_facts(bundle, known, remarks)
 
 
 def bundle_facts(bundle: Path, known: Mapping[str, Any], remarks: Remarks) -> list[Fact]:
@@ -89,7 +93,7 @@ def encoder_curve(trained_on: list[tuple[float, float]], end: float | None) -> C
 def encoder_pictures(kin: Relatives, remarks: Remarks) -> list[Picture]:
     """The pictures that pretraining drew."""
     if kin.pretrain is None:
-        if encoder_bundle(kin):
+        if kin.policy_config.get("encoder"):
             sentence = (
                 "The run that pretrained this encoder is not among the runs here, so its pictures are not either."
             )

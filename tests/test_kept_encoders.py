@@ -185,6 +185,7 @@ def test_the_page_shows_them_beside_each_other(whole, place):
     assert "--protocol atariari --part probe --frames 50000 --resolution 84x84 --with-ram --out DIR" in page
     assert page.count("CKA with the last") == len(found)
     assert "<dd>1.000</dd>" in page
+    assert "no finished encoder" not in page
     for label in ("bound on the newest frames", "on the oldest that are held", "of an earlier version", "made anew"):
         assert label in page
     copies = [path for path in place.home.rglob("report.html") if whole["run_id"] in str(path)]
