@@ -99,13 +99,11 @@ def _some(replay: ColumnarReplay, rng: np.random.Generator, count: int) -> Frame
 
 
 def _latest(replay: ColumnarReplay, rng: np.random.Generator) -> Frames:
-    """Of the newest tenth of what is held; of all while a lane has nothing yet."""
+    """Of the newest tenth of what is held."""
     lanes = replay.spec.num_lanes
     rows = max(-(-NUM_COMPARED // lanes), int(_LATE_SHARE * len(replay)) // lanes)
-    places = replay.newest_places(0, lanes, rows).reshape(-1)
-    if not len(places):
-        return _some(replay, rng, NUM_COMPARED)
-    return replay.rows_at("obs", rng.permutation(places)[:NUM_COMPARED])
+    newest, _ = replay.ends(rows)
+    return replay.rows_at("obs", rng.permutation(newest)[:NUM_COMPARED])
 
 
 def _write_frames(path: Path, frames: Frames) -> None:

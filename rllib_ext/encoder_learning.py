@@ -107,15 +107,11 @@ class EncoderLearning:
         return self._replay.rows_at("obs", self._replay.draw_rows(count))
 
     def _publish(self, tau: float) -> None:
-        fresh = self._replay.newest_places(0, self._replay.spec.num_lanes, self._rows_a_lane())
-        old = self._replay.oldest_places(self._rows_a_lane())
-        fresh_frames, old_frames = (self._replay.rows_at("obs", places.reshape(-1)) for places in (fresh, old))
-        self._figures |= self._learners.publish_encoder(fresh_frames, old_frames, tau)
+        rows_a_lane = max(1, _LOOK_FRAMES // self._replay.spec.num_lanes)
+        fresh, old = (self._replay.rows_at("obs", places) for places in self._replay.ends(rows_a_lane))
+        self._figures |= self._learners.publish_encoder(fresh, old, tau)
         if self.cache is not None:
             self.cache.take_over(self._learners.reading_encoders())
-
-    def _rows_a_lane(self) -> int:
-        return max(1, _LOOK_FRAMES // self._replay.spec.num_lanes)
 
     @contextlib.contextmanager
     def refreshing(self, num_updates: int) -> Iterator[None]:

@@ -223,11 +223,18 @@ class ColumnarReplay:
         num_rows = int(min(num_rows, self.spec.lane_rows, self.written[lanes].min()))
         return self._places(lanes, self.written[lanes] + np.arange(-num_rows, 0)[:, None])
 
-    def oldest_places(self, num_rows: int) -> NDArray[np.int64]:
-        """(R, L) places of the oldest rows held of every lane, R at most `num_rows`."""
-        lanes = np.arange(self.spec.num_lanes)
-        held = np.minimum(self.written, self.spec.lane_rows)
-        return self._places(lanes, self.written - held + np.arange(min(num_rows, int(held.min())))[:, None])
+    def ends(self, num_rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Places (N,) of the newest rows, and of the oldest held, of all lanes that hold any; at most so many a lane.
+
+        Of each lane as many; fewer than asked for where a lane holds fewer.
+        """
+        lanes = np.flatnonzero(self.written)
+        written, held = self.written[lanes], np.minimum(self.written[lanes], self.spec.lane_rows)
+        rows = np.arange(min(num_rows, int(held.min())))[:, None]
+        newest, oldest = (
+            self._places(lanes, first + rows).reshape(-1) for first in (written - len(rows), written - held)
+        )
+        return newest, oldest
 
     def rows_at(self, name: str, places: NDArray[np.int64]) -> NDArray[Any]:
         """A copy of a column's rows (N, ...) at places (N,)."""

@@ -111,6 +111,19 @@ def test_all_rows_are_made_anew_in_turn():
     np.testing.assert_allclose(shares, 1 - np.arange(7) / 6)
 
 
+def test_the_ends_of_the_replay_are_its_newest_and_oldest_rows_also_while_a_lane_holds_none():
+    replay = ColumnarReplay(ReplaySpec(3, 20, (), "uint8", stack=1, n_step=1, gamma=0.9))
+    for first_lane, numbers in ((1, range(30)), (0, range(100, 105))):
+        for number in numbers:
+            one = np.full((1, 1), number)
+            false = np.zeros((1, 1), bool)
+            replay.add(Rows(one.astype(np.uint8), one * 0, one * 0.0, false, false, false, false), first_lane)
+    newest, oldest = (replay.rows_at("obs", places).tolist() for places in replay.ends(3))
+    assert sorted(newest) == [27, 28, 29, 102, 103, 104]
+    assert sorted(oldest) == [10, 11, 12, 100, 101, 102]
+    assert [len(places) for places in replay.ends(50)] == [10, 10], "as many of each lane"
+
+
 # --- updates on the bound
 
 
