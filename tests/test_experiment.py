@@ -43,17 +43,17 @@ def _few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cells_are_run_once_and_make_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The oracle, pixels and a pretrained encoder, each through its own process, at toy size."""
+    """The oracle, an encoder that learns online and a pretrained one, each through its own process, at toy size."""
     places = ["--short", "--results", str(tmp_path / "kept"), "--work", str(tmp_path / "work")]
-    chosen = ["--games", "cartpole", "--arms", "ram", "pixels", "pca"]
+    chosen = ["--games", "cartpole", "--arms", "ram", "vae-online-scratch", "pca"]
     assert atari.main([*places, *chosen]) == 0
     told = capsys.readouterr()
     assert "FAILED" not in told.err
-    assert atari.main([*places, "--cell", "pca", "cartpole", "0", "--json"]) == 0
+    assert atari.main([*places, "--cell", "pca", "cartpole", "2", "--json"]) == 0
     told = capsys.readouterr()
     assert told.err.count("kept") == 1
     cell = json.loads(told.out.splitlines()[-1])
-    assert (cell["arm"], cell["game"], cell["seed"], len(cell["scores"])) == ("pca", "cartpole", 0, 2)
+    assert (cell["arm"], cell["game"], cell["seed"], len(cell["scores"])) == ("pca", "cartpole", 2, 2)
     assert cell["pretraining_minutes"] > 0
     assert 120 <= cell["updates"] <= 185  # half of the agent steps after the warm-up, but for what is under way
     assert atari.main([*places, "--write", str(tmp_path / "page")]) == 0
@@ -61,7 +61,7 @@ def test_cells_are_run_once_and_make_a_page(tmp_path: Path, capsys: pytest.Captu
     assert "`pca`" in (tmp_path / "page" / "atari.md").read_text()
     assert atari.main([*places, "--summary", "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {row["arm"] for row in found["cells"]} == {"ram", "pixels", "pca"}
+    assert {row["arm"] for row in found["cells"]} == {"ram", "vae-online-scratch", "pca"}
     assert found["cartpole_frozen"] is None
 
 
@@ -98,10 +98,10 @@ def test_a_cell_that_there_is_not_is_refused() -> None:
 
 def test_the_arms_differ_in_nothing_but_what_they_read() -> None:
     """Same Q-learning and same head in a game; every cell has a digest of its own."""
-    offered = [cell for cell in cells() if cell.settings["recipe"] != "online"]
+    offered = cells()
     assert len({cell.digest for cell in offered}) == len(offered)
     for game, plan in GAMES.items():
-        compared = [Cell.of(game, arm, 0) for arm in plan.arms if ARMS[arm].recipe == "dqn"]
+        compared = [Cell.of(game, arm, 0) for arm in plan.arms if ARMS[arm].recipe in ("dqn", "online")]
         assert len({(cell.recipe.train, replace(cell.recipe.q, torso="encoder")) for cell in compared}) <= 1
         for cell in compared if game != "cartpole" else []:
             assert (cell.recipe.train.batch_size, cell.recipe.train.updates_per_agent_step) == (32, 0.25)
