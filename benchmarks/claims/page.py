@@ -64,7 +64,8 @@ _HEAD = """# The claims made for VAEs
 
 Made by `make claims` of the cells in [claims/](claims/), each kept under the digest of its configuration. Seeds are 0
 to 4 (of bits per dimension 0 to 2) and none was left out; recipes were chosen looking at
-seed 0 ([log](../log.md)). Each seed's figure stands in brackets after a mean. What
+seed 0, that of the shapes at all seeds of an earlier recipe and at 0 and 1 of its own ([log](../log.md)).
+Each seed's figure stands in brackets after a mean. What
 decides (renderers, checkers, pairs, metrics, bars) is `benchmarks/claims/fixed/`, committed before the first training
 on it; sha256 over its files: `{rulers}`. What was tried on the way: [log](../log.md).
 """
