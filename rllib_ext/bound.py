@@ -25,14 +25,13 @@ class BoundUpdates:
 
     Attributes:
         model: What learns.
-        updates: Made so far.
     """
 
     def __init__(
         self, model: LatentModel, settings: ElboSettings, dtype: torch.dtype | None, rank: int, count: int
     ) -> None:
         """Takes a model on its device; of `count` learners this one is number `rank`."""
-        self.model, self.updates = model.train(), 0
+        self.model = model.train()
         self._settings, self._dtype, self._rank, self._count = settings, dtype, rank, count
         self._device = next(model.parameters()).device
         self._parameters = [value for value in model.parameters() if value.requires_grad]
@@ -57,7 +56,6 @@ class BoundUpdates:
         self._optimizer.param_groups[0]["lr"] = lr
         own_UbHW = self._own_share(torch.from_numpy(frames))
         bounds = [self._update_once(batch.to(self._device, non_blocking=True)) for batch in own_UbHW]
-        self.updates += len(bounds)
         bound, kl = torch.stack(bounds).mean(0).tolist()
         return {"elbo": bound, "elbo_kl": kl}
 
@@ -105,7 +103,7 @@ class BoundUpdates:
         weights = {name: value.detach().cpu().numpy() for name, value in self.model.state_dict().items()}
         moments = self._optimizer.state_dict()["state"]
         optimizer = [{name: value.cpu().numpy() for name, value in moments[i].items()} for i in sorted(moments)]
-        return {"weights": weights, "optimizer": optimizer, "updates": self.updates}
+        return {"weights": weights, "optimizer": optimizer}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Takes over what `state` gave; the rates stay those of this run's settings."""
@@ -116,7 +114,6 @@ class BoundUpdates:
             for i, of_one in enumerate(state["optimizer"])
         }
         self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        self.updates = state["updates"]
 
     def _share_weights(self) -> None:
         """Every learner takes the first one's weights."""

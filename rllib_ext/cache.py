@@ -59,8 +59,11 @@ class LatentCache:
 
     def stale_share(self) -> float:
         """Of the rows held, how many have latents of an earlier version than Q's encoder."""
-        versions = self._replay.rows_at("version", self._replay.held_places(np.arange(len(self._replay))))
-        return float((versions < self.version).mean()) if len(versions) else 0.0
+        if not self.version:
+            return 0.0
+        versions = self._replay.columns["version"]  # rows that were never written are of version 0
+        num_empty = versions.size - len(self._replay)
+        return (int((versions < self.version).sum()) - num_empty) / max(1, len(self._replay))
 
     def state(self) -> dict[str, int]:
         """What the replay's own columns do not say."""

@@ -136,7 +136,7 @@ class LatentDQNConfig(AlgorithmConfig):
             UserError: An unknown choice.
         """
         fields = {"encoder": "encoder_path"}
-        known = {
+        known = (
             "preprocess",
             "mode",
             "encoder",
@@ -146,7 +146,7 @@ class LatentDQNConfig(AlgorithmConfig):
             "elbo",
             "env_factory",
             "run_id",
-        }
+        )
         for name, value in choices.items():
             if name not in known:
                 raise UserError(f"unknown choice {name!r} of LatentDQNConfig.latent; it takes {', '.join(known)}")

@@ -9,9 +9,11 @@ Shapes: E games, H x W pixels. A state is (cart position, its velocity, pole ang
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
+from curves.rally import rally_preprocess
 
 from pipeline.atari import Step
 from pipeline.schema import Preprocess
@@ -30,22 +32,8 @@ _POLE_LEVEL, _CART_LEVEL = 255.0, 160.0
 
 def cartpole_preprocess(height: int = SIZE, width: int = SIZE, drawing: str = "smooth") -> Preprocess:
     """What identifies its frames; `drawing` "bytes" are those of `state_factory`."""
-    return Preprocess(
-        game="cartpole",
-        protocol="own",
-        ale_version="0",
-        rom_md5="0",
-        frame_skip=1,
-        sticky_probability=0.0,
-        max_pool=False,
-        height=height,
-        width=width,
-        grayscale=True,
-        resize=drawing,
-        action_set=ACTIONS,
-        noop_max=0,
-        fire_reset=False,
-    )
+    own = {"game": "cartpole", "height": height, "width": width, "resize": drawing, "action_set": ACTIONS}
+    return dataclasses.replace(rally_preprocess(), **own)
 
 
 def advance(states: np.ndarray, actions: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ SEED = 0
 
 
 def _rliable() -> tuple[Any, Any]:
-    """`rliable.library` and `rliable.metrics`.
+    """The two modules of `rliable` that are used, its library and its metrics.
 
     Its bootstrap is arch's. arch 7.2, the last one that it takes, decorates a time-series model, which nothing here
     uses, with a private function of pandas as it was before pandas 3: imported as it is, it raises a TypeError.
