@@ -136,17 +136,8 @@ class LatentDQNConfig(AlgorithmConfig):
             UserError: An unknown choice.
         """
         fields = {"encoder": "encoder_path"}
-        known = (
-            "preprocess",
-            "mode",
-            "encoder",
-            "encoder_sha256",
-            "encoder_config",
-            "q",
-            "elbo",
-            "env_factory",
-            "run_id",
-        )
+        of_encoder = ("encoder", "encoder_sha256", "encoder_config")
+        known = ("preprocess", "mode", *of_encoder, "q", "elbo", "env_factory", "run_id")
         for name, value in choices.items():
             if name not in known:
                 raise UserError(f"unknown choice {name!r} of LatentDQNConfig.latent; it takes {', '.join(known)}")

@@ -68,35 +68,36 @@ class EncoderLearning:
         if not self.has_started:
             self._start()
         due = self._settings.due_updates(agent_steps) - self.updates
-        self._update(max(0, math.ceil(due * share)), self._settings.lr)
+        self._update(max(0, math.ceil(due * share)))
 
     def _start(self) -> None:
         """Once, before Q's first update: a model from nothing is set from what has been seen, and learns from it."""
         self.has_started = True
         if self._config.bundle is None:
             self._learners.initialise_model(self._frames(_INITIAL_FRAMES))
-            self._update(self._settings.scratch_updates, self._settings.scratch_lr)
-            self.updates = 0
-        self._publish(1.0)
+            for done in range(0, self._settings.scratch_updates, _MOST_UPDATES_AT_ONCE):
+                left = self._settings.scratch_updates - done
+                self._learn(min(left, _MOST_UPDATES_AT_ONCE), self._settings.scratch_lr)
+        self._publish(1.0)  # not before: what is held is encoded by the first version
         self.on_start()
 
-    def _update(self, number: int, lr: float) -> None:
+    def _update(self, number: int) -> None:
         every = self._settings.publish_updates
         while number > 0:
             now = min(number, _MOST_UPDATES_AT_ONCE, every - self.updates % every)
-            self._figures |= self._learners.update_bound(self._frames(now * self._settings.batch_size), lr)
-            self._require_finite(lr)
+            self._learn(now, self._settings.lr)
             self.updates += now
             number -= now
             if self.updates % every == 0:
                 self._publish(self._settings.target_tau)
 
-    def _require_finite(self, lr: float) -> None:
-        """Ends a run whose model holds nothing any more.
+    def _learn(self, number: int, lr: float) -> None:
+        """Makes so many updates; ends a run whose model holds nothing any more.
 
         Raises:
             UserError: The bound is not a number.
         """
+        self._figures |= self._learners.update_bound(self._frames(number * self._settings.batch_size), lr)
         if not math.isfinite(self._figures["elbo"]):
             raise UserError(
                 f"the latent-variable model has diverged: its bound is {self._figures['elbo']} after {self.updates} "

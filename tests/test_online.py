@@ -190,7 +190,7 @@ def test_the_targets_encoder_follows_by_its_own_share(build, encoder):
     )
     train(algorithm, 100)  # copies the whole target network after every update, were the encoder among it
     before, _ = algorithm.learners.reading_encoders()
-    algorithm.encoder_learning._update(5, 1e-3)
+    algorithm.encoder_learning._update(5)
     online_weights, target_weights = algorithm.learners.reading_encoders()
     moved = [name for name in before if not np.array_equal(before[name], online_weights[name])]
     assert len(moved) >= 4
@@ -281,6 +281,13 @@ def test_from_nothing_it_learns_catch(build, tmp_path):
     assert figures["active_units"] >= 4
     assert figures["elbo_fresh"] > -900
     assert greedy_return(algorithm, tmp_path) > 0.6
+
+
+def test_q_begins_with_latents_of_the_encoder_that_the_start_from_nothing_ends_with(build):
+    algorithm = build(online(None, replace(ELBO, scratch_updates=23, warmup_agent_steps=10**6)))
+    figures = train(algorithm, 100)
+    assert figures["updates"] > 0
+    assert (figures["encoder_version"], figures["stale_share"], figures["elbo_updates"]) == (1, 0.0, 0)
 
 
 @pytest.mark.parametrize(
