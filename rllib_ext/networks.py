@@ -157,9 +157,15 @@ class QNetwork(nn.Module):
 
     def outputs(self, obs: Tensor) -> Tensor:
         """(B, K, Z) latents, float, or (B, K, H, W) uint8 frames where there is an encoder -> the head's outputs."""
-        return self.head.outputs(self._features(obs))
+        return self.head.outputs(self.features(obs))
 
-    def _features(self, obs: Tensor) -> Tensor:
+    @property
+    def encodes_frames(self) -> bool:
+        """Whether there is an encoder that makes a latent of each frame of a stack."""
+        return self.encoder is not None and not isinstance(self.encoder, NatureConvolutions)
+
+    def features(self, obs: Tensor) -> Tensor:
+        """What the head reads of what `outputs` takes: (B, K, Z), with K = 1 of a torso that reads the whole stack."""
         if self.encoder is None or obs.is_floating_point():
             return obs
         if isinstance(self.encoder, NatureConvolutions):

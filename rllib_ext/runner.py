@@ -32,6 +32,7 @@ from rllib_ext.connectors import IS_FIRST, EncodeObservations
 from rllib_ext.module import LatentQModule
 from rllib_ext.replay import Rows
 from rllib_ext.settings import DQNSettings
+from rllib_ext.stacking import RollingStack
 from rllib_ext.workers import Request
 
 EnvFactory = Callable[[Preprocess, int, int], VectorAtari]
@@ -91,6 +92,7 @@ class LatentEnvRunner(EnvRunner, Checkpointable):
         if self.worker_index or self.config.num_env_runners == 0:
             self.make_env()
         self._env_to_module = self.config.build_env_to_module_connector(env=self.env, spaces=self.spaces)
+        self._features = RollingStack(self.settings.stack)
         self.make_module()
         self._weights_seq_no = 0
         self._weights_serial = self._weights_updates = -1
@@ -144,9 +146,13 @@ class LatentEnvRunner(EnvRunner, Checkpointable):
     def _answer(self, request: Request) -> Fragment:
         self._enter(request.era, request.restores)
         if request.weights.serial != self._weights_serial:
-            self.module.set_state(request.weights.load())
+            self._load(request.weights.load())
             self._weights_serial, self._weights_updates = request.weights.serial, request.weights.updates
         return self.sample(agent_steps=request.agent_steps)
+
+    def _load(self, weights: dict[str, Any]) -> None:
+        self.module.set_state(weights)
+        self._features.clear()  # what an encoder inside made of earlier frames is no longer what it would make
 
     def sample(self, *, agent_steps: int = 0, explore: bool = True, force_reset: bool = False) -> Fragment:
         """Takes `fragment_length` vector steps.
@@ -177,7 +183,7 @@ class LatentEnvRunner(EnvRunner, Checkpointable):
     def _step(self, vector: VectorAtari, global_steps: int, explore: bool) -> Rows:
         now = self._obs
         assert now is not None
-        actions = self._act(now.stacked, global_steps, explore)
+        actions = self._act(now, global_steps, explore)
         started = time.perf_counter()
         step = vector.step(actions)
         self._clock["environment"] += time.perf_counter() - started
@@ -210,9 +216,9 @@ class LatentEnvRunner(EnvRunner, Checkpointable):
         bound = self.settings.reward_clip
         return rewards.clip(-bound, bound) if bound else rewards
 
-    def _act(self, stacked: NDArray[Any], global_steps: int, explore: bool) -> NDArray[np.int64]:
+    def _act(self, now: _Observation, global_steps: int, explore: bool) -> NDArray[np.int64]:
         started = time.perf_counter()
-        batch = {Columns.OBS: torch.from_numpy(stacked)}
+        batch = {Columns.OBS: torch.from_numpy(self._read(now))}
         if explore:
             epsilon = self._epsilon(global_steps)
             outputs = self.module.forward_exploration(batch, epsilon=epsilon, generator=self._exploration)
@@ -221,6 +227,17 @@ class LatentEnvRunner(EnvRunner, Checkpointable):
         actions: NDArray[np.int64] = outputs[Columns.ACTIONS].numpy()
         self._clock["action"] += time.perf_counter() - started
         return actions
+
+    @torch.inference_mode()
+    def _read(self, now: _Observation) -> NDArray[Any]:
+        """What Q reads (E, K, ...): an encoder inside the module sees a frame once, unless new weights came since."""
+        network = self.module.network
+        if not network.encodes_frames:
+            return now.stacked
+        if self._features.is_empty:
+            return self._features.hold(network.features(torch.from_numpy(now.stacked)).numpy())
+        newest = network.features(torch.from_numpy(now.stacked[:, -1:]))
+        return self._features.push(newest[:, 0].numpy(), now.is_first)
 
     def _epsilon(self, global_steps: int) -> float | torch.Tensor:
         """One rate for all environments, or with Ape-X one for each of this runner's, (E,) float32."""
@@ -287,7 +304,7 @@ class LatentEnvRunner(EnvRunner, Checkpointable):
         """Takes weights over, from the learner or from another runner."""
         if COMPONENT_RL_MODULE in state:
             weights = state[COMPONENT_RL_MODULE]
-            self.module.set_state(weights.get(DEFAULT_MODULE_ID, weights))
+            self._load(weights.get(DEFAULT_MODULE_ID, weights))
             self._weights_seq_no = state.get(WEIGHTS_SEQ_NO, 0)
 
     def get_ctor_args_and_kwargs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -55,6 +55,16 @@ class RollingStack:
         self._history = rolled
         return rolled
 
+    def hold(self, history: NDArray[Any]) -> NDArray[Any]:
+        """Goes on from stacks (E, K, ...), which it returns."""
+        self._history = history
+        return history
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has been seen yet."""
+        return self._history is None
+
     def clear(self) -> None:
         """Forgets everything; the next observation is the first of every environment."""
         self._history = None

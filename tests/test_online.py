@@ -85,7 +85,8 @@ def test_every_row_has_latents_of_the_version_that_it_names(seed):
     for number in set(made_by):
         rows = made_by == number
         for name, encoder in zip(("z", "z_target"), versions[number - 1], strict=True):
-            np.testing.assert_array_equal(replay.rows_at(name, held)[rows], encoded(encoder, frames[rows]))
+            expected = encoded(encoder, frames[rows])  # in a batch of another size: on some processors sums differ
+            np.testing.assert_allclose(replay.rows_at(name, held)[rows], expected, rtol=1e-3, atol=1e-6)
     moved = cache.refresh(len(replay))
     assert moved > 0 or (made_by == 4).all()
     assert cache.stale_share() == cache.refresh(len(replay)) == 0

@@ -112,7 +112,7 @@ def test_it_acts_on_the_stack_that_its_rows_describe(tmp_path):
     runner = make_runner(tmp_path)
     seen = []
     act = runner._act
-    runner._act = lambda stacked, *rest: seen.append(stacked) or act(stacked, *rest)
+    runner._act = lambda now, *rest: seen.append(now.stacked) or act(now, *rest)
     rows = joined([runner.sample() for _ in range(5)])
     rolling = RollingStack(runner.settings.stack)
     for t, stacked in enumerate(seen):
@@ -134,6 +134,29 @@ def test_every_frame_is_encoded_exactly_once_and_without_autograd(tmp_path):
     assert sizes == [4] * (1 + 3 * 8)  # the reset, and every vector step
     assert all(modes)
     assert not any(p.requires_grad for p in encoder.parameters())
+
+
+@pytest.mark.parametrize("mode", ["finetune", "online", "pixels"])
+def test_an_encoder_inside_sees_a_frame_once_and_the_whole_stack_after_new_weights(tmp_path, mode):
+    runner = make_runner(tmp_path, mode, fragment_length=30)
+    network, sizes, read, whole = runner.module.network, [], [], []
+    act, forward = runner._act, runner.module.forward_exploration
+    runner._act = lambda now, *rest: whole.append(network.features(torch.from_numpy(now.stacked))) or act(now, *rest)
+    runner.module.forward_exploration = lambda batch, **how: read.append(batch["obs"]) or forward(batch, **how)
+    runner.sample()
+    network.encoder.register_forward_hook(lambda module, args, output: sizes.append(len(args[0])))
+    runner._act = act
+    runner.sample()
+    assert sizes == [4] * 30
+    for values in network.encoder.parameters():
+        values.data.mul_(1.1)
+    runner.set_state(runner.get_state())
+    runner.sample()
+    assert sizes[30:] == [8] + [4] * 29
+    for seen, made in zip(read, whole, strict=False):
+        torch.testing.assert_close(seen, made, rtol=1e-4, atol=1e-5)
+    stacked = torch.from_numpy(runner._obs.stacked)
+    torch.testing.assert_close(torch.from_numpy(runner._read(runner._obs)), network.features(stacked))
 
 
 @pytest.mark.parametrize("mode", ["frozen", "finetune", "pixels"])
