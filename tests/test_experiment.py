@@ -20,7 +20,7 @@ import atari  # noqa: E402
 from curves import keep  # noqa: E402
 from curves.runs import read_games  # noqa: E402
 from experiment import cartpole, measures, oracle, page, summary  # noqa: E402
-from experiment.arms import ARMS, CLOCKED, FROZEN, GAMES, TRAINED, Cell, cells  # noqa: E402
+from experiment.arms import ARMS, CLOCKED, COMPARED, FROZEN, GAMES, STEADINESS, TRAINED, Cell, cells  # noqa: E402
 from experiment.runs import reached_s  # noqa: E402
 from experiment.worlds import random_frames, world  # noqa: E402
 from peers.running import CellFailed  # noqa: E402
@@ -101,7 +101,7 @@ def test_the_arms_differ_in_nothing_but_what_they_read() -> None:
     offered = cells()
     assert len({cell.digest for cell in offered}) == len(offered)
     for game, plan in GAMES.items():
-        compared = [Cell.of(game, arm, 0) for arm in plan.arms if ARMS[arm].recipe in ("dqn", "online")]
+        compared = [Cell.of(game, arm, 0) for arm in plan.arms if arm in COMPARED]
         assert len({(cell.recipe.train, replace(cell.recipe.q, torso="encoder")) for cell in compared}) <= 1
         for cell in compared if game != "cartpole" else []:
             assert (cell.recipe.train.batch_size, cell.recipe.train.updates_per_agent_step) == (32, 0.25)
@@ -315,6 +315,17 @@ def test_the_middle_of_scores_is_their_mean_where_they_are_one_and_lies_in_its_i
 
 
 def test_frozen_and_trained_arms_are_those_asked_for() -> None:
-    assert set(FROZEN) | set(TRAINED) | {"tuned"} == set(ARMS)
+    assert set(FROZEN) | set(TRAINED) | set(STEADINESS) | {"tuned"} == set(ARMS)
     for game in ("pong", "breakout"):
-        assert set(GAMES[game].arms) == set(ARMS)
+        assert set(GAMES[game].arms) == set(ARMS) - set(STEADINESS)
+
+
+def test_steadiness_leaves_out_one_thing_each() -> None:
+    base, finetuned = (Cell.of("cartpole", arm, 2).recipe for arm in ("vae-online", "vae-finetuned"))
+    exact, fast, joint = (Cell.of("cartpole", arm, 2).recipe for arm in STEADINESS)
+    assert replace(exact, elbo=replace(exact.elbo, q_reads="cache")) == base
+    assert replace(fast, elbo=replace(fast.elbo, lr=base.elbo.lr)) == base
+    assert fast.elbo.lr == pytest.approx(10 * base.elbo.lr)
+    assert joint.elbo.in_finetune
+    assert joint.train.encoder_lr == joint.train.lr
+    assert joint.train.replace(encoder_lr=finetuned.train.encoder_lr) == finetuned.train

@@ -34,6 +34,8 @@ class Arm:
         encoder: Recipe of `latentrl pretrain` that makes the encoder it starts from, ORACLE, or None.
         recipe: Of `latentrl train`.
         q: Changes to the recipe's Q network.
+        train: Changes to its Q-learning; the game's go before them.
+        elbo: Changes to how the encoder learns on its bound.
     """
 
     what: str
@@ -41,6 +43,8 @@ class Arm:
     encoder: str | None
     recipe: str = RECIPE
     q: Mapping[str, Any] = field(default_factory=dict)
+    train: Mapping[str, Any] = field(default_factory=dict)
+    elbo: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,11 +84,20 @@ ARMS = {
     "vae-online": Arm("the same VAE, learned on online", "online", "vae", "online"),
     "ram": Arm("oracle: the emulator's 128 bytes of RAM", "frozen", ORACLE),
     "tuned": Arm("frozen: the same VAE with the recipe `efficient`", "frozen", "vae", "efficient"),
+    "online-exact": Arm("online, drawn frames encoded anew", "online", "vae", "online", elbo={"q_reads": "exact"}),
+    "online-fast": Arm("online, the encoder's rate ten times higher", "online", "vae", "online", elbo={"lr": 1e-3}),
+    "joint": Arm(
+        "TD error and bound both train the encoder, at the head's rate",
+        *("finetune", "vae"),
+        train={"encoder_lr": 3e-4},
+        elbo={"in_finetune": True},
+    ),
 }
 FROZEN = ("random-encoder", "pca", "vae-frozen", "ram")
 TRAINED = ("pixels", "vae-finetuned", "vae-online-scratch", "vae-online")
 CLOCKED = ("pixels", "vae-frozen")  # go on to the goal, beyond the games' agent steps
 COMPARED = (*FROZEN, *TRAINED)
+STEADINESS = ("online-exact", "online-fast", "joint")  # what keeps the online loop steady, by what is left out
 
 # Found on the arms `ram` and `vae-frozen` with seeds 0 and 1, which are not among those that count. With 40,000 agent
 # steps all frozen arms come near 500.
@@ -98,7 +111,7 @@ _CARTPOLE = {
     "target_update_updates": 1_000,
 }
 GAMES = {
-    CARTPOLE: Game(COMPARED, 15_000, 5, 2, 20_000, num_workers=0, train=_CARTPOLE),
+    CARTPOLE: Game((*COMPARED, *STEADINESS), 15_000, 5, 2, 20_000, num_workers=0, train=_CARTPOLE),
     "pong": Game((*COMPARED, "tuned"), goal=-15.0),
     "breakout": Game((*COMPARED, "tuned"), goal=5.0),
     "freeway": Game((*FROZEN, "tuned")),
@@ -135,7 +148,7 @@ class Cell(curves.Cell):
             **dataclasses.asdict(ARMS[arm]),
             "num_workers": plan.num_workers,
             "prior_frames": plan.prior_frames,
-            "train": dict(plan.train),
+            "train": {**plan.train, **ARMS[arm].train},
             "pretrain": dict(plan.pretrain),
             "goal": plan.goal if is_clocked else None,
             "limit_s": 5.0 if is_short else CLOCK_LIMIT_S,
@@ -162,7 +175,7 @@ class Cell(curves.Cell):
         """
         base = train_recipe(self.settings["recipe"])
         q, train = replace_known(base.q, dict(self.settings["q"])), base.train.replace(**self.settings["train"])
-        return replace(base, q=q, train=train)
+        return replace(base, q=q, train=train, elbo=replace_known(base.elbo, dict(self.settings["elbo"])))
 
     @property
     def encoder(self) -> PretrainRecipe | None:

@@ -2,7 +2,8 @@
 
 A cell gives `games` (agent steps by then, raw return, seconds of training), `seconds` of training, `updates`, `greedy`
 (whole games of the final policy without exploration), `prior` (frames, and seconds of collecting and of pretraining),
-and where the time to a score is asked for `goal`. `seconds`, `updates` and `greedy` are those after the cell's agent
+where the time to a score is asked for `goal`, and off Atari `q_divergences` (updates with values that no return can
+have). `seconds`, `updates` and `greedy` are those after the cell's agent
 steps, however far the run has then gone on for that score.
 """
 
@@ -103,7 +104,7 @@ def elsewhere(cell: Cell, known: World, prior: Prior | None) -> dict[str, Any]:
             policy = write_policy(Path(folder) / "policy", algorithm, known, resolved)
             player, episodes = GreedyPlayer(load_policy(policy)), cell.settings["greedy_episodes"]
             results = play(player, known.preprocess, episodes, cell.seed, make_env=known.factory)
-        return {"greedy": results.returns.tolist()}
+        return {"greedy": results.returns.tolist(), "q_divergences": algorithm.q_divergences}
 
     return learn(config, cell.agent_steps, play_greedily)
 

@@ -109,6 +109,7 @@ def _told(game: str, run: dict[str, Any]) -> dict[str, Any]:
         "prior_frames": prior["frames"],
         "updates": run["updates"],
         "goal": run.get("goal"),
+        "q_divergences": run.get("q_divergences"),
     }
 
 
