@@ -16,23 +16,41 @@ import ray
 from ray import tune
 from rl_toys import make_encoder, toy_config
 
+from pipeline.artifact import load_encoder
 from pipeline.atari import preprocess_for
 from pipeline.errors import UserError
 from pipeline.models.vae import VAESettings
 from rllib_ext.algorithm import RESULTS_KEY, LatentDQN
 from rllib_ext.state_files import load_state
 
-SCRIPT = Path(__file__).resolve().parent.parent / "docs" / "examples" / "own_script.py"
+EXAMPLES = Path(__file__).resolve().parent.parent / "docs" / "examples"
 TINY = VAESettings(z_dim=8, patch=12, widths=(8,), num_blocks=0)
+
+
+def run_example(name: str, *arguments: str) -> list[str]:
+    alone = {**os.environ, "RAY_ADDRESS": "local"}  # whatever else runs here
+    command = [sys.executable, str(EXAMPLES / name), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=alone)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("has_encoder", [True, False])
+def test_the_online_example_leaves_an_encoder_that_has_learned(tmp_path, has_encoder):
+    out, start = tmp_path / "kept", []
+    if has_encoder:
+        start = ["--encoder", str(make_encoder(tmp_path / "encoder", preprocess_for("pong"), TINY, standardise=False))]
+    *reports, kept = run_example("online_loop.py", "--out", str(out), "--agent-steps", "1800", *start)
+    updates = [int(re.findall(r"(\d+) updates", line)[0]) for line in reports]
+    assert updates == sorted(updates)
+    assert updates[-1] >= 50
+    assert f"(8, {load_encoder(out, preprocess=preprocess_for('pong')).z_dim})" in kept
 
 
 def test_the_example_script_does_what_it_says(tmp_path):
     encoder = make_encoder(tmp_path / "encoder", preprocess_for("pong"), TINY, standardise=False)
-    arguments = [sys.executable, str(SCRIPT), "--encoder", str(encoder), "--agent-steps", "700"]
-    alone = {**os.environ, "RAY_ADDRESS": "local"}  # whatever else runs here
-    done = subprocess.run(arguments, capture_output=True, text=True, env=alone)
-    assert done.returncode == 0, done.stderr
-    trained, restored, *searched = [line for line in done.stdout.splitlines() if "agent steps" in line]
+    said = run_example("own_script.py", "--encoder", str(encoder), "--agent-steps", "700")
+    trained, restored, *searched = [line for line in said if "agent steps" in line]
     steps, updates = (int(number) for number in re.findall(r"\d+", trained))
     assert steps >= 700
     assert 0 < updates <= (steps - 500) / 4
