@@ -37,9 +37,10 @@ def improved_encoder(
 
     Returns:
         `encoder` (the bundle's folder), `encoder_uri` (None while the server is away), `encoder_bits_per_dim` and
-        `encoder_active_units`, for the result; nothing where no encoder learned on its bound.
+        `encoder_active_units`, for the result; nothing where no encoder has learned on its bound.
     """
-    if not algorithm.encoder_learning.is_on:
+    learning = algorithm.encoder_learning
+    if not learning.has_started or (resolved is not None and not learning.updates):
         return {}
     model = newest_model(algorithm, preprocess)
     frames = algorithm.replay.rows_at("obs", algorithm.replay.draw_rows(NUM_FRAMES))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.models.latent import ACTIVE_VARIANCE, LatentModel
 from pipeline.precision import autocast
+from rllib_ext.layout import laid_out_as, lay_out_moments
 from rllib_ext.settings import ElboSettings
 
 Frames = NDArray[np.uint8]
@@ -75,7 +76,7 @@ class BoundUpdates:
         if self._count > 1:
             gradients = _averaged(gradients, self._count)
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
-            parameter.grad = gradient
+            parameter.grad = laid_out_as(parameter, gradient)
         if self._settings.grad_clip:
             most = self._settings.grad_clip * batch_BHW[0].numel()
             nn.utils.clip_grad_norm_(self._parameters, most, foreach=True)
@@ -114,6 +115,7 @@ class BoundUpdates:
             for i, of_one in enumerate(state["optimizer"])
         }
         self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        lay_out_moments(self._optimizer)
 
     def _share_weights(self) -> None:
         """Every learner takes the first one's weights."""

@@ -318,6 +318,11 @@ class LatentDQNConfig(AlgorithmConfig):
             raise UserError(f"mode {self.mode} needs an encoder bundle; pass latent(encoder=FOLDER)")
         if self.mode == ONLINE and self.encoder_path is None and self.encoder_config is None:
             raise UserError("mode online needs latent(encoder=FOLDER), or latent(encoder_config=...) from nothing")
+        if self.has_cache and self.settings.double:
+            raise UserError(
+                "train.double is true, and the latents that mode online keeps of next frames are the target network's "
+                "alone; set it to false, or elbo.q_reads to exact"
+            )
 
     def _read_encoder(self) -> None:
         assert self.preprocess is not None

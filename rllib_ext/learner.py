@@ -25,6 +25,7 @@ from pipeline.precision import autocast, resolve_precision
 from rllib_ext import compat, losses
 from rllib_ext.bound import BoundUpdates
 from rllib_ext.graph import GraphedUpdate
+from rllib_ext.layout import lay_out_moments
 from rllib_ext.losses import TDLoss
 from rllib_ext.module import QF_NEXT_CHOOSER, QF_OUTPUTS, QF_TARGET_NEXT_OUTPUTS, LatentQModule
 from rllib_ext.networks import blend
@@ -149,6 +150,7 @@ class LatentDQNLearner(TorchLearner):
         if self.bound is not None and _BOUND in state:
             self.bound.set_state(state[_BOUND])
         for optimizer, by_group in settings:
+            lay_out_moments(optimizer)
             for group, kept in zip(optimizer.param_groups, by_group, strict=True):
                 group.update(kept)
         self._graphed = GraphedUpdate(self._update_once)  # the record is of moments that are no longer there

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import ray
 from catch import VectorCatch
-from rl_toys import toy_config, toy_ray, train
+from rl_toys import make_encoder, toy_config, toy_ray, train
 
 from pipeline.errors import UserError
+from pipeline.models.vae import VAESettings
 from rllib_ext.algorithm import RESULTS_KEY, LatentDQN
 from rllib_ext.runner import LatentEnvRunner
 from rllib_ext.settings import DQNSettings, QConfig
@@ -57,6 +58,22 @@ def test_synchronous_runs_repeat_and_a_resumed_one_equals_an_uninterrupted_one(
     train(resumed, 600)
     assert_same(whole, resumed)
     assert whole.replay.num_cut_episodes == resumed.replay.num_cut_episodes > 0
+
+
+@pytest.mark.parametrize("mode", ["frozen", "finetune", "pixels"])
+def test_a_resumed_run_with_convolutions_equals_an_uninterrupted_one(build, tmp_path, mode):
+    """Their weights do not lie in memory as the arrays of a checkpoint do; Adam's moments must lie as they."""
+    vae = VAESettings(patch=3, widths=(8, 8), num_blocks=1, latent_channels=2)
+    config = toy_config(mode, make_encoder(tmp_path / "encoder", settings=vae), synchronous=True)
+    config.latent(q=QConfig(hidden=(32,), grid_channels=4), encoder_config=None if mode != "pixels" else vae)
+    whole = build(config.copy())
+    train(whole, 220)
+    path = whole.save_to_path(tmp_path / "checkpoint")
+    resumed = build(config.copy())
+    resumed.restore_from_path(path)
+    for algorithm in (whole, resumed):
+        train(algorithm, 300)
+    assert_same(whole, resumed)
 
 
 @pytest.mark.parametrize(("num_runners", "ratio"), [(0, 0.25), (1, 0.5), (3, 0.125)])

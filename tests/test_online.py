@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from test_loop import assert_same
 
 from pipeline import artifact
 from pipeline.errors import UserError
-from pipeline.models.vae import VAE
+from pipeline.models.vae import VAE, VAESettings
 from rllib_ext.bound import BoundUpdates
 from rllib_ext.cache import LatentCache
 from rllib_ext.config import ElboSettings, QConfig
@@ -128,9 +129,9 @@ def test_the_ends_of_the_replay_are_its_newest_and_oldest_rows_also_while_a_lane
 # --- updates on the bound
 
 
-def bound_updates(**changes) -> BoundUpdates:
+def bound_updates(settings: VAESettings = TOY_VAE, **changes) -> BoundUpdates:
     torch.manual_seed(0)
-    model = VAE(TOY_VAE.for_frames(SIDE, SIDE))
+    model = VAE(settings.for_frames(SIDE, SIDE))
     return BoundUpdates(model, replace(ELBO, **changes), None, rank=0, count=1)
 
 
@@ -155,8 +156,32 @@ def test_the_bound_rises_on_frames_it_learns_from_and_dimensions_come_into_use()
     assert figures["elbo_kl"] > 1
 
 
-def test_a_state_that_is_taken_over_goes_on_as_the_one_that_gave_it():
-    one, other, frames = bound_updates(), bound_updates(), some_frames(64)
+CONVOLUTIONS = replace(TOY_VAE, widths=(8, 8), num_blocks=1)  # weights that gradients lie across
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_an_update_is_adams_whatever_order_weights_and_gradients_have_in_memory(channels_last):
+    """Fused Adam pairs the two as they lie; the plain one by their places."""
+    updates, frames = bound_updates(CONVOLUTIONS), some_frames(128)
+    updates.initialise(frames)
+    if channels_last:
+        updates.model.to(memory_format=torch.channels_last)
+    plain = copy.deepcopy(updates)
+    plain._optimizer = torch.optim.Adam(plain._parameters, fused=False)
+    for each in (updates, plain):
+        torch.manual_seed(1)
+        for _ in range(3):
+            each.update(frames, 1e-3)
+    for (name, one), other in zip(updates.model.named_parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4, msg=lambda said, name=name: f"{name}: {said}")
+
+
+@pytest.mark.parametrize("model", [TOY_VAE, CONVOLUTIONS])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_state_that_is_taken_over_goes_on_as_the_one_that_gave_it(model, channels_last):
+    one, other, frames = bound_updates(model), bound_updates(model), some_frames(64)
+    for updates in (one, other) if channels_last else ():
+        updates.model.to(memory_format=torch.channels_last)
     one.update(frames, 1e-3)
     other.set_state(one.state())
     results = []
@@ -167,6 +192,12 @@ def test_a_state_that_is_taken_over_goes_on_as_the_one_that_gave_it():
 
 
 # --- the loop
+
+
+def test_two_chosen_networks_have_no_cache_of_their_own_and_are_refused(encoder):
+    with pytest.raises(UserError, match=r"train\.double is true, .*elbo\.q_reads to exact"):
+        online(encoder, double=True).check()
+    online(encoder, replace(ELBO, q_reads="exact"), double=True).check()
 
 
 def test_q_never_moves_the_encoder_and_the_bound_does(build, encoder):
