@@ -50,11 +50,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit code 1 where a cell failed.
 
     Raises:
-        UserError: There is no such cell.
+        UserError: There is no such cell, or none of those asked for.
     """
     options = parse(arguments)
     kept = Kept(options.results, options.work, "experiment.runs", LIMIT_S)
     chosen = [_cell(options)] if options.cell else _wanted(options)
+    if not chosen:
+        raise UserError("no cell has all of these: arms, games and seeds; --list names the cells that there are")
     if options.list:
         for cell in chosen:
             print(f"{cell.game:10} {cell.arm:18} {cell.seed}  {'run' if summary.find(kept, cell) else 'to run'}")

@@ -109,7 +109,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--agent-steps", type=int, default=8_000, help="played before; rows of the replay")
     parser.add_argument("--json", action="store_true", help="ends with one JSON object")
     parser.add_argument("--write", type=Path, metavar="FOLDER", help="page of the figures")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name in ("rounds", "threads", "agent_steps"):
+        if (value := getattr(options, name)) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {value}; give 1 or more")
+    if options.write and not options.write.is_dir():
+        parser.error(f"--write {options.write} is no folder")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:

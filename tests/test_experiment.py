@@ -94,6 +94,8 @@ def test_a_failed_cell_does_not_stop_the_others_and_a_changed_one_is_run_again(
 def test_a_cell_that_there_is_not_is_refused() -> None:
     with pytest.raises(UserError, match="no cell ram mspacman"):
         atari.main(["--cell", "ram", "mspacman", "0"])
+    with pytest.raises(UserError, match="no cell has all of these"):
+        atari.main(["--games", "ms_pacman", "--arms", "pixels"])
 
 
 def test_the_arms_differ_in_nothing_but_what_they_read() -> None:

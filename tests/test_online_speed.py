@@ -42,3 +42,10 @@ def test_every_row_is_measured(
     assert found.keys() == {*online.MODES, "bound"}
     assert min(found.values()) > 0
     assert f"| frozen | {found['frozen']:.2f} | 1.00 |" in (tmp_path / "online.md").read_text()
+
+
+@pytest.mark.parametrize("option", [["--rounds", "0"], ["--threads", "-1"], ["--write", "nowhere/at/all"]])
+def test_bad_options_are_refused_before_anything_is_measured(option: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        online.main(option)
+    assert ended.value.code == 2

@@ -45,7 +45,7 @@ def gather(kept: Kept, *, is_short: bool = False) -> Runs:
 
 
 def figures(runs: Runs) -> dict[str, Any]:
-    """By key; None where cells are missing."""
+    """By key, of the cells that have been run; None where there are none to say it of."""
     pairs = _pairs(runs, FRESH, "pixels", ATARI, normalised)
     online = _pairs(runs, "vae-online", FRESH, ATARI, normalised)
     clock = clocked(runs)
@@ -154,7 +154,7 @@ def clocked(runs: Runs) -> dict[str, Any]:
 def aggregated(runs: Runs, score: Callable[[str, dict[str, Any]], float]) -> dict[str, Any]:
     """By set of games and arm: interquartile mean over games and seeds, its 95% interval by stratified bootstrap.
 
-    Arms are in a set where they have run all its games with the same seeds as the frozen VAE.
+    Arms are in a set with the seeds that they have run all its games with.
     """
     shared = tuple(game for game in ATARI if set(COMPARED) <= set(GAMES[game].arms))
     frozen = tuple(game for game in ATARI if set(FROZEN) <= set(GAMES[game].arms))
