@@ -50,13 +50,20 @@ class Crew:
         self._starting: dict[Any, int] = {}
         self._playing: dict[Any, _Try] = {}
         self._losses: Counter[Any] = Counter()
+        self._idle = deque[int]()
+        self._waiting = deque[list[Lane]]()
         self.rows_per_worker = {str(index): 0 for index in range(num_workers)}
         for index in range(num_workers):
             self._start(index)
 
     def wait_until_ready(self) -> None:
-        """Waits for all workers to have started."""
-        ray.get(list(self._starting))
+        """Waits for all workers to have started; one that is lost on the way is replaced.
+
+        Raises:
+            UserError: The same one has been lost several times.
+        """
+        while self._starting:
+            self._look_at_next([], lambda rows: None)
 
     def play(
         self, shards: list[list[Lane]], behaviour: BehaviourFactory, on_rows: Callable[[int], None]
@@ -71,18 +78,13 @@ class Crew:
         Raises:
             UserError: The same shard has been lost several times, or a worker does not start.
         """
-        waiting, idle, results = deque(shards), deque[int](), list[LaneResult]()
-        num_lanes = sum(map(len, shards))
+        self._waiting.extend(shards)
+        results, num_lanes = list[LaneResult](), sum(map(len, shards))
         while len(results) < num_lanes:
-            while waiting and idle:
-                worker, shard = idle.popleft(), waiting.popleft()
+            while self._waiting and self._idle:
+                worker, shard = self._idle.popleft(), self._waiting.popleft()
                 self._playing[self._workers[worker].run.remote(shard, behaviour)] = _Try(shard, worker)
-            ready, _ = ray.wait([*self._starting, *self._playing], num_returns=1)
-            for ref in ready:
-                try:
-                    self._look(ref, idle, results, on_rows)
-                except ray.exceptions.RayActorError as error:
-                    self._replace(ref, error, waiting, on_rows)
+            self._look_at_next(results, on_rows)
         return sorted(results, key=lambda result: result.lane.index)
 
     def stop(self) -> None:
@@ -95,18 +97,26 @@ class Crew:
         self._workers[index] = _Collector.remote(*self._arguments)  # type: ignore[attr-defined]
         self._starting[self._workers[index].ready.remote()] = index
 
-    def _look(self, ref: Any, idle: deque[int], results: list[LaneResult], on_rows: Callable[[int], None]) -> None:
+    def _look_at_next(self, results: list[LaneResult], on_rows: Callable[[int], None]) -> None:
+        """Waits for the next thing that a worker has, or for the next loss of one."""
+        (ref,), _ = ray.wait([*self._starting, *self._playing], num_returns=1)
+        try:
+            self._look(ref, results, on_rows)
+        except ray.exceptions.RayActorError as error:
+            self._replace(ref, error, on_rows)
+
+    def _look(self, ref: Any, results: list[LaneResult], on_rows: Callable[[int], None]) -> None:
         """Takes what a worker has: that it has started, that it has written rows, or its results."""
         if ref in self._starting:
             ray.get(ref)
-            idle.append(self._starting.pop(ref))
+            self._idle.append(self._starting.pop(ref))
             return
         tried = self._playing[ref]
         try:
             item = ray.get(next(ref))
         except StopIteration:
             del self._playing[ref]
-            idle.append(tried.worker)
+            self._idle.append(tried.worker)
             return
         if isinstance(item, int):
             tried.rows += item
@@ -115,7 +125,7 @@ class Crew:
             results.extend(item)  # when the last are here nothing more is looked at
             self.rows_per_worker[str(tried.worker)] += tried.rows
 
-    def _replace(self, ref: Any, error: Exception, waiting: deque[list[Lane]], on_rows: Callable[[int], None]) -> None:
+    def _replace(self, ref: Any, error: Exception, on_rows: Callable[[int], None]) -> None:
         tried = self._playing.pop(ref, None)
         index = tried.worker if tried else self._starting.pop(ref)
         what = f"collecting worker {index} is lost ({type(error).__name__})"
@@ -123,10 +133,10 @@ class Crew:
         self._losses[task] += 1
         if self._losses[task] == MAX_TRIES:
             raise UserError(f"{what}, {MAX_TRIES} times at the same task; Ray's logs say why") from error
-        log.warning("%s; its %d rows are played again", what, tried.rows if tried else 0)
+        log.warning("%s; %s", what, f"its {tried.rows} rows are played again" if tried else "it is started again")
         if tried:
             on_rows(-tried.rows)
-            waiting.appendleft(tried.shard)
+            self._waiting.appendleft(tried.shard)
         self._start(index)
 
 

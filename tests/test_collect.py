@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import ray
 from fault_rows import Record, measured
 
+from pipeline import crew
 from pipeline.atari import make_vector, preprocess_for
 from pipeline.collect import LANE_ROWS, collect, plan_shards
 from pipeline.errors import UserError
@@ -216,3 +218,35 @@ def test_existing_output_is_kept_unless_told(cluster: None, tmp_path: Path) -> N
     (tmp_path / "other" / "thesis.tex").write_text("mine")
     with pytest.raises(UserError, match="holds other things"):
         gather(tmp_path / "other", frames=30, overwrite=True)
+
+
+def crew_of(tmp_path: Path, num_workers: int) -> crew.Crew:
+    (tmp_path / "data").mkdir()
+    return crew.Crew(locate(str(tmp_path)), BREAKOUT, num_workers, with_ram=False)
+
+
+def test_a_worker_that_is_lost_before_it_has_started_is_replaced(cluster: None, tmp_path: Path) -> None:
+    workers = crew_of(tmp_path, 2)
+    try:
+        ray.kill(workers._workers[0])
+        workers.wait_until_ready()
+        results = workers.play(plan_shards(60, 3), random_policy("random"), lambda rows: None)
+        assert sum(result.file.rows for result in results) == 60
+    finally:
+        workers.stop()
+
+
+@ray.remote(num_cpus=1)
+class Stillborn:
+    def __init__(self, *arguments: object) -> None:
+        os._exit(1)
+
+    def ready(self) -> bool:
+        return True
+
+
+def test_workers_that_never_start_are_told(cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crew, "_Collector", Stillborn)
+    workers = crew_of(tmp_path, 1)
+    with pytest.raises(UserError, match=r"collecting worker 0 is lost .*, 3 times at the same task"):
+        workers.wait_until_ready()

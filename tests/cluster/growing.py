@@ -13,7 +13,7 @@ from nodes import RayCluster
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
 PROVIDER = Path(ray.__file__).parent / "autoscaler" / "_private" / "fake_multi_node"
-IDLE_S = 6.0  # then a node goes
+IDLE_S = 15.0  # then a node goes; longer than a busy machine takes from a node's start to its first worker
 HEAD = "ray.head.default"
 LISTS = (
     "initialization_commands setup_commands head_setup_commands worker_setup_commands head_start_ray_commands "

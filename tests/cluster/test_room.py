@@ -17,9 +17,16 @@ from jobs import room
 
 
 @pytest.fixture(scope="module", params=["v1", "v2"])
-def growing(request: pytest.FixtureRequest) -> Iterator[GrowingCluster]:
+def autoscaled(request: pytest.FixtureRequest) -> Iterator[GrowingCluster]:
     with started(GrowingCluster(2, is_v2=request.param == "v2")) as nodes:
         yield nodes
+
+
+@pytest.fixture
+def growing(autoscaled: GrowingCluster) -> GrowingCluster:
+    """The cluster without the nodes that a test before this one, maybe a failed one, has asked for."""
+    autoscaled.wait_for(lambda: autoscaled.num_nodes == 1)
+    return autoscaled
 
 
 @pytest.fixture
