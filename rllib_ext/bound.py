@@ -5,6 +5,8 @@ Shapes: U updates of one call, B batch, b its share of one learner, N frames, H 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from pipeline.models.latent import ACTIVE_VARIANCE, LatentModel
 from pipeline.precision import autocast
-from rllib_ext.layout import laid_out_as, lay_out_moments
+from rllib_ext.layout import laid_out_as, own_moments
 from rllib_ext.settings import ElboSettings
 
 Frames = NDArray[np.uint8]
@@ -29,11 +31,18 @@ class BoundUpdates:
     """
 
     def __init__(
-        self, model: LatentModel, settings: ElboSettings, dtype: torch.dtype | None, rank: int, count: int
+        self,
+        model: LatentModel,
+        settings: ElboSettings,
+        dtype: torch.dtype | None,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        count: int = 1,
     ) -> None:
-        """Takes a model on its device; of `count` learners this one is number `rank`."""
+        """Takes a model on its device; of `count` learners this one is number `rank`, and `seed` decides its noise."""
         self.model = model.train()
-        self._settings, self._dtype, self._rank, self._count = settings, dtype, rank, count
+        self._settings, self._dtype, self._seed, self._rank, self._count = settings, dtype, seed, rank, count
         self._device = next(model.parameters()).device
         self._parameters = [value for value in model.parameters() if value.requires_grad]
         self._optimizer = torch.optim.Adam(self._parameters, settings.lr, fused=True)
@@ -56,9 +65,19 @@ class BoundUpdates:
         """
         self._optimizer.param_groups[0]["lr"] = lr
         own_UbHW = self._own_share(torch.from_numpy(frames))
-        bounds = [self._update_once(batch.to(self._device, non_blocking=True)) for batch in own_UbHW]
+        with self._own_noise():
+            bounds = [self._update_once(batch.to(self._device, non_blocking=True)) for batch in own_UbHW]
         bound, kl = torch.stack(bounds).mean(0).tolist()
         return {"elbo": bound, "elbo_kl": kl}
+
+    @contextlib.contextmanager
+    def _own_noise(self) -> Iterator[None]:
+        """Within it torch's noise is of the run, the learner and the update, so that a restored one makes the same."""
+        moments = self._optimizer.state.get(self._parameters[0], {})
+        key = (self._seed, self._rank, int(moments.get("step", 0)))
+        with torch.random.fork_rng([] if self._device.type == "cpu" else [self._device]):
+            torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+            yield
 
     def _own_share(self, frames: Tensor) -> Tensor:
         """(N, H, W) to (U, b, H, W)."""
@@ -93,7 +112,8 @@ class BoundUpdates:
         """
         self.model.eval()
         seen = [torch.from_numpy(frames).to(self._device) for frames in (fresh, old)]
-        bounds = [float(self.model.elbo(frames).value.mean()) for frames in seen]
+        with self._own_noise():
+            bounds = [float(self.model.elbo(frames).value.mean()) for frames in seen]
         variance_Z = self.model.features(torch.cat(seen)).var(0, unbiased=False)
         self.model.train()
         active = int((variance_Z > ACTIVE_VARIANCE).sum())
@@ -115,7 +135,7 @@ class BoundUpdates:
             for i, of_one in enumerate(state["optimizer"])
         }
         self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        lay_out_moments(self._optimizer)
+        own_moments(self._optimizer)
 
     def _share_weights(self) -> None:
         """Every learner takes the first one's weights."""

@@ -34,6 +34,7 @@ from rllib_ext.settings import (
     DQNSettings,
     ElboSettings,
     QConfig,
+    changed_names,
     replace_known,
 )
 from rllib_ext.shared_bundle import SharedBundle
@@ -318,6 +319,12 @@ class LatentDQNConfig(AlgorithmConfig):
             raise UserError(f"mode {self.mode} needs an encoder bundle; pass latent(encoder=FOLDER)")
         if self.mode == ONLINE and self.encoder_path is None and self.encoder_config is None:
             raise UserError("mode online needs latent(encoder=FOLDER), or latent(encoder_config=...) from nothing")
+        unused = [] if self.learns_bound else changed_names(self.elbo)
+        if unused:
+            raise UserError(
+                f"elbo.{unused[0]} is {getattr(self.elbo, unused[0])!r}, and in mode {self.mode} nothing learns on the "
+                "bound; leave it out, take mode online, or set elbo.in_finetune in mode finetune"
+            )
         if self.has_cache and self.settings.double:
             raise UserError(
                 "train.double is true, and the latents that mode online keeps of next frames are the target network's "

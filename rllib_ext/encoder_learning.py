@@ -77,7 +77,7 @@ class EncoderLearning:
             self._learners.initialise_model(self._frames(_INITIAL_FRAMES))
             for done in range(0, self._settings.scratch_updates, _MOST_UPDATES_AT_ONCE):
                 left = self._settings.scratch_updates - done
-                self._learn(min(left, _MOST_UPDATES_AT_ONCE), self._settings.scratch_lr)
+                self._learn(min(left, _MOST_UPDATES_AT_ONCE), "scratch_lr")
         self._publish(1.0)  # not before: what is held is encoded by the first version
         self.on_start()
 
@@ -85,23 +85,25 @@ class EncoderLearning:
         every = self._settings.publish_updates
         while number > 0:
             now = min(number, _MOST_UPDATES_AT_ONCE, every - self.updates % every)
-            self._learn(now, self._settings.lr)
+            self._learn(now, "lr")
             self.updates += now
             number -= now
             if self.updates % every == 0:
                 self._publish(self._settings.target_tau)
 
-    def _learn(self, number: int, lr: float) -> None:
-        """Makes so many updates; ends a run whose model holds nothing any more.
+    def _learn(self, number: int, rate: str) -> None:
+        """Makes so many updates at the rate of that name; ends a run whose model holds nothing any more.
 
         Raises:
             UserError: The bound is not a number.
         """
+        lr: float = getattr(self._settings, rate)
         self._figures |= self._learners.update_bound(self._frames(number * self._settings.batch_size), lr)
         if not math.isfinite(self._figures["elbo"]):
             raise UserError(
                 f"the latent-variable model has diverged: its bound is {self._figures['elbo']} after {self.updates} "
-                f"updates; lower elbo.lr ({lr}), or set elbo.grad_clip ({self._settings.grad_clip}) above 0"
+                f"updates; start again with a lower elbo.{rate} ({lr}), or with elbo.grad_clip "
+                f"({self._settings.grad_clip}) lower and above 0"
             )
 
     def _frames(self, count: int) -> NDArray[np.uint8]:

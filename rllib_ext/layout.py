@@ -15,9 +15,13 @@ def laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
     return value if value.stride() == parameter.stride() else torch.empty_like(parameter).copy_(value)
 
 
-def lay_out_moments(optimizer: torch.optim.Optimizer) -> None:
-    """After an optimizer's state has been loaded."""
+def own_moments(optimizer: torch.optim.Optimizer) -> None:
+    """After an optimizer's state has been loaded: it lies as its parameters do, in memory of its own.
+
+    What Ray hands to several learners of a machine is one memory, which each would write its moments and steps to.
+    """
     for parameter, moments in optimizer.state.items():
         for name, value in moments.items():
-            if torch.is_tensor(value) and value.shape == parameter.shape:
-                moments[name] = laid_out_as(parameter, value)
+            if torch.is_tensor(value):
+                like = parameter if value.shape == parameter.shape else value
+                moments[name] = torch.empty_like(like, dtype=value.dtype, requires_grad=False).copy_(value)

@@ -21,11 +21,12 @@ from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from torch import Tensor, nn
 
 from pipeline import artifact
+from pipeline.errors import UserError
 from pipeline.precision import autocast, resolve_precision
 from rllib_ext import compat, losses
 from rllib_ext.bound import BoundUpdates
 from rllib_ext.graph import GraphedUpdate
-from rllib_ext.layout import lay_out_moments
+from rllib_ext.layout import own_moments
 from rllib_ext.losses import TDLoss
 from rllib_ext.module import QF_NEXT_CHOOSER, QF_OUTPUTS, QF_TARGET_NEXT_OUTPUTS, LatentQModule
 from rllib_ext.networks import blend
@@ -81,7 +82,8 @@ class LatentDQNLearner(TorchLearner):
         if self.config.mode == FINETUNE:
             model.encoder = encoder.net
         rank, count = compat.learner_rank(self), max(1, self.config.num_learners)
-        return BoundUpdates(model, self.config.elbo, self._dtype, rank, count)
+        seed = self.config.seed or 0
+        return BoundUpdates(model, self.config.elbo, self._dtype, seed=seed, rank=rank, count=count)
 
     def update_bound(self, frames: NDArray[np.uint8], lr: float) -> dict[str, float]:
         """Makes updates on the bound; see BoundUpdates.update."""
@@ -115,11 +117,10 @@ class LatentDQNLearner(TorchLearner):
         online, target = ({k: v.cpu().numpy().copy() for k, v in net.state_dict().items()} for net in both)
         return online, target
 
-    def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """RLlib's, and the model that learns on its bound with its optimizer."""
-        state: dict[str, Any] = super().get_state(*args, **kwargs)
-        is_whole = not args and kwargs.get("components") is None
-        return {**state, _BOUND: self.bound.state()} if self.bound is not None and is_whole else state
+    def get_state(self, components: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """RLlib's, and the model that learns on its bound with its optimizer, unless some components are named."""
+        state: dict[str, Any] = super().get_state(components, **kwargs)
+        return {**state, _BOUND: self.bound.state()} if self.bound is not None and components is None else state
 
     def configure_optimizers_for_module(self, module_id: str, config: Any = None) -> None:
         """One named Adam per part: "head", and "encoder" where the module holds one."""
@@ -140,17 +141,23 @@ class LatentDQNLearner(TorchLearner):
         )
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Takes over weights and optimizers, whose rates stay those of this run's settings."""
+        """Takes over weights and optimizers, whose rates stay those of this run's settings.
+
+        Raises:
+            UserError: It is of a run whose model did not learn on its bound, and this one's does.
+        """
+        if self.bound is not None and _BOUND not in state:
+            raise UserError("the state holds no model that learns on its bound; restore it in the mode that it is of")
         own = ("lr", "eps", "capturable")
         settings = [
             (optimizer, [{name: group[name] for name in own} for group in optimizer.param_groups])
             for _, optimizer in self.get_optimizers_for_module(DEFAULT_MODULE_ID)
         ]
         super().set_state(state)
-        if self.bound is not None and _BOUND in state:
+        if self.bound is not None:
             self.bound.set_state(state[_BOUND])
         for optimizer, by_group in settings:
-            lay_out_moments(optimizer)
+            own_moments(optimizer)
             for group, kept in zip(optimizer.param_groups, by_group, strict=True):
                 group.update(kept)
         self._graphed = GraphedUpdate(self._update_once)  # the record is of moments that are no longer there

@@ -20,6 +20,7 @@ T = TypeVar("T")
 FROZEN, FINETUNE, ONLINE, PIXELS = "frozen", "finetune", "online", "pixels"
 MODES = (FROZEN, FINETUNE, ONLINE, PIXELS)
 MOST_LAYERS, MOST_WIDTH = 16, 8192
+MOST_FRAMES = 16_384  # of an update on the bound; sixteen of them are drawn at once
 ENCODER_TORSO, NATURE = "encoder", "nature"
 TORSOS = (ENCODER_TORSO, NATURE)
 CACHE, EXACT = "cache", "exact"
@@ -303,7 +304,8 @@ _NATURAL: tuple[Callable[[Any], bool], str] = (lambda v: v >= 0, "it must be 0 o
 _SHARE: tuple[Callable[[Any], bool], str] = (lambda v: 0 <= v <= 1, "it must lie between 0 and 1")
 _Rules = tuple[tuple[str, Callable[[Any], bool], str], ...]
 _ELBO_RULES: _Rules = (
-    *((name, *_POSITIVE) for name in ("updates_per_agent_step", "batch_size", "lr", "scratch_lr")),
+    *((name, *_POSITIVE) for name in ("updates_per_agent_step", "lr", "scratch_lr")),
+    ("batch_size", lambda v: 1 <= v <= MOST_FRAMES, f"it must be from 1 to {MOST_FRAMES}"),
     ("publish_updates", *_POSITIVE),
     *((name, *_NATURAL) for name in ("warmup_agent_steps", "scratch_updates", "grad_clip", "refresh_rows_per_update")),
     ("target_tau", lambda v: 0 < v <= 1, "it must be above 0 and at most 1"),
@@ -335,6 +337,11 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "bool": ((bool,), "true or false"),
     "str": ((str,), "a word"),
 }
+
+
+def changed_names(settings: Any) -> list[str]:
+    """The fields of a dataclass that hold another value than their default."""
+    return [field.name for field in dataclasses.fields(settings) if getattr(settings, field.name) != field.default]
 
 
 def wrong_type(settings: Any) -> str | None:

@@ -38,12 +38,14 @@ def assert_same(one: LatentDQN, other: LatentDQN) -> None:
         np.testing.assert_array_equal(held, other.replay.columns[name][:, : held.shape[1]], err_msg=name)
 
 
-@pytest.mark.parametrize(("num_runners", "priority_alpha"), [(0, 0.0), (0, 0.6), (2, 0.6)])
+@pytest.mark.parametrize(
+    ("num_runners", "num_learners", "priority_alpha"), [(0, 0, 0.0), (0, 0, 0.6), (2, 0, 0.6), (0, 2, 0.6)]
+)
 def test_synchronous_runs_repeat_and_a_resumed_one_equals_an_uninterrupted_one(
-    build, encoder, tmp_path, num_runners, priority_alpha
+    build, encoder, tmp_path, num_runners, num_learners, priority_alpha
 ):
     config = toy_config("frozen", encoder, synchronous=True, priority_alpha=priority_alpha)
-    config = config.env_runners(num_env_runners=num_runners)
+    config = config.env_runners(num_env_runners=num_runners).learners(num_learners=num_learners)
     whole = build(config.copy())
     train(whole, 220)  # in the midst of every game, which takes 12 rows
     path = whole.save_to_path(tmp_path / "checkpoint")

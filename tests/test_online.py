@@ -132,7 +132,7 @@ def test_the_ends_of_the_replay_are_its_newest_and_oldest_rows_also_while_a_lane
 def bound_updates(settings: VAESettings = TOY_VAE, **changes) -> BoundUpdates:
     torch.manual_seed(0)
     model = VAE(settings.for_frames(SIDE, SIDE))
-    return BoundUpdates(model, replace(ELBO, **changes), None, rank=0, count=1)
+    return BoundUpdates(model, replace(ELBO, **changes), None)
 
 
 def some_frames(count: int) -> np.ndarray:
@@ -169,7 +169,6 @@ def test_an_update_is_adams_whatever_order_weights_and_gradients_have_in_memory(
     plain = copy.deepcopy(updates)
     plain._optimizer = torch.optim.Adam(plain._parameters, fused=False)
     for each in (updates, plain):
-        torch.manual_seed(1)
         for _ in range(3):
             each.update(frames, 1e-3)
     for (name, one), other in zip(updates.model.named_parameters(), plain.model.parameters(), strict=True):
@@ -186,9 +185,27 @@ def test_a_state_that_is_taken_over_goes_on_as_the_one_that_gave_it(model, chann
     other.set_state(one.state())
     results = []
     for updates in (one, other):
-        torch.manual_seed(5)
+        torch.rand(3)  # whatever else of the process draws noise
         results.append((updates.update(frames, 1e-3), artifact.weights_sha256(updates.model)))
     assert results[0] == results[1]
+
+
+def test_noise_is_of_run_learner_and_update():
+    def noise(updates: BoundUpdates) -> float:
+        with updates._own_noise():
+            return float(torch.rand(()))
+
+    before, drawn = torch.get_rng_state(), []
+    model = VAE(TOY_VAE.for_frames(SIDE, SIDE))
+    for seed, rank in ((0, 0), (1, 0), (0, 1)):
+        updates = BoundUpdates(model, ELBO, None, seed=seed, rank=rank)
+        torch.set_rng_state(before)
+        drawn.append(noise(updates))
+        assert noise(updates) == drawn[-1]
+        assert torch.equal(before, torch.get_rng_state())
+    one = bound_updates()
+    one.update(some_frames(32), 0.0)
+    assert len({*drawn, noise(one)}) == 4
 
 
 # --- the loop
@@ -198,6 +215,20 @@ def test_two_chosen_networks_have_no_cache_of_their_own_and_are_refused(encoder)
     with pytest.raises(UserError, match=r"train\.double is true, .*elbo\.q_reads to exact"):
         online(encoder, double=True).check()
     online(encoder, replace(ELBO, q_reads="exact"), double=True).check()
+
+
+@pytest.mark.parametrize("mode", ["frozen", "finetune", "pixels"])
+def test_settings_of_a_bound_that_there_is_not_are_refused(encoder, mode):
+    config = toy_config(mode, None if mode == "pixels" else encoder).latent(elbo=replace(ElboSettings(), lr=1e-3))
+    with pytest.raises(UserError, match=rf"elbo\.lr is 0\.001, and in mode {mode} nothing learns on the bound"):
+        config.check()
+
+
+def test_a_state_without_the_model_that_learns_is_refused(build, encoder):
+    algorithm = build(online(encoder))
+    state = algorithm.learners.state()
+    with pytest.raises(UserError, match="holds no model that learns on its bound"):
+        algorithm.learners.set_state({key: value for key, value in state.items() if key != "bound"})
 
 
 def test_q_never_moves_the_encoder_and_the_bound_does(build, encoder):
@@ -264,9 +295,10 @@ def test_q_learns_the_same_from_cache_and_frames_while_the_encoder_stands_still(
         np.testing.assert_allclose(value, heads[1][name], atol=5e-3, err_msg=name)
 
 
-@pytest.mark.parametrize("num_runners", [0, 2])
-def test_a_resumed_run_equals_an_uninterrupted_one(build, encoder, tmp_path, num_runners):
+@pytest.mark.parametrize(("num_runners", "num_learners"), [(0, 0), (2, 0), (0, 2)])
+def test_a_resumed_run_equals_an_uninterrupted_one(build, encoder, tmp_path, num_runners, num_learners):
     config = online(encoder, synchronous=True).env_runners(num_env_runners=num_runners)
+    config.learners(num_learners=num_learners)
     whole = build(config.copy())
     train(whole, 220)
     path = whole.save_to_path(tmp_path / "checkpoint")
@@ -284,11 +316,11 @@ def test_learners_that_share_a_batch_stay_the_same(build, encoder):
     config = online(encoder).learners(num_learners=2)
     algorithm = build(config)
     train(algorithm, 300)
-    sha256s = algorithm.learners.encoder_sha256s()
-    assert len(sha256s) == 2
-    assert len(set(sha256s)) == 1
-    models = algorithm.learner_group.foreach_learner(lambda learner: artifact.weights_sha256(learner.bound.model))
-    assert len({result.get() for result in models}) == 1
+    hashes = algorithm.learner_group.foreach_learner(
+        lambda learner: tuple(map(artifact.weights_sha256, (learner.bound.model, learner.q_module)))
+    )
+    assert [len(set(of_both)) for of_both in zip(*(result.get() for result in hashes), strict=True)] == [1, 1]
+    assert len(algorithm.learners.encoder_sha256s()) == 2
 
 
 def test_finetune_trains_one_encoder_by_both(build, encoder):
@@ -325,7 +357,8 @@ def test_q_begins_with_latents_of_the_encoder_that_the_start_from_nothing_ends_w
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 0}, "elbo.batch_size is 0; it must be above 0"),
+        ({"batch_size": 0}, "elbo.batch_size is 0; it must be from 1 to 16384"),
+        ({"batch_size": 10**9}, "elbo.batch_size is 1000000000; it must be from 1 to 16384"),
         ({"target_tau": 0.0}, "elbo.target_tau is 0.0"),
         ({"q_reads": "guess"}, "elbo.q_reads is 'guess'; choose one of cache, exact"),
         ({"lr": "fast"}, "elbo.lr is 'fast'; it must be a number"),
