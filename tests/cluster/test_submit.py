@@ -151,11 +151,10 @@ def unreliable(cluster: RayCluster) -> Iterator[tuple[str, list[int]]]:
                         ready.register(far, selectors.EVENT_READ, near)
                         continue
                     data = b""
-                    with contextlib.suppress(OSError):
+                    with contextlib.suppress(OSError):  # either side may have gone
                         data = key.fileobj.recv(1 << 16)  # type: ignore[union-attr]
-                    if data:
                         key.data.sendall(data)
-                    else:
+                    if not data:
                         ready.unregister(key.fileobj)
             breaks[0] += 1
 
