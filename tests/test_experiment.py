@@ -63,6 +63,8 @@ def test_cells_are_run_once_and_make_a_page(tmp_path: Path, capsys: pytest.Captu
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {row["arm"] for row in found["cells"]} == {"ram", "vae-online-scratch", "pca"}
     assert found["cartpole_frozen"] is None
+    assert found["beside"]["runs"]["cartpole_frozen"] == [0, 5]
+    assert found["beside"]["runs"]["frozen_minus_pixels"] == [0, 6]
 
 
 def test_a_failed_cell_does_not_stop_the_others_and_a_changed_one_is_run_again(
@@ -89,6 +91,10 @@ def test_a_failed_cell_does_not_stop_the_others_and_a_changed_one_is_run_again(
     capsys.readouterr()
     assert atari.main([*places, *chosen, "--list"]) == 0
     assert capsys.readouterr().out.count("to run") == 3
+    damaged = next(tmp_path.glob("pong-ram-0-*.json"))
+    damaged.write_text(damaged.read_text()[:30])
+    with pytest.raises(UserError, match=r"the kept run .*pong-ram-0-.* cannot be read .*; restore it, or remove it"):
+        atari.main([*places, "--summary", "--json"])
 
 
 def test_a_cell_that_there_is_not_is_refused() -> None:

@@ -13,7 +13,7 @@ from peers.results import machine
 from peers.running import CellFailed, run_apart
 
 from curves.arms import Cell, is_as_kept, plain
-from pipeline.errors import UserError
+from pipeline.errors import UserError, reading
 
 LIMIT_S = 7_200.0
 _DIGITS = 1
@@ -31,11 +31,16 @@ class Kept:
         return self._folder / f"{cell.task}-{cell.arm}-{cell.seed}-{cell.digest}.json"
 
     def find(self, cell: Cell) -> dict[str, Any] | None:
-        """What a finished run gave."""
+        """What a finished run gave.
+
+        Raises:
+            UserError: The cell has settings that there are not, or its file is damaged.
+        """
         for path in sorted(self._folder.glob(f"{cell.task}-{cell.arm}-{cell.seed}-*.json")):
-            record = json.loads(path.read_text())
-            if is_as_kept(cell.configuration, record["configuration"]):
-                result: dict[str, Any] = record["result"]
+            with reading(f"the kept run {path}", "restore it, or remove it to have it run again"):
+                record = json.loads(path.read_text())
+                configuration, result = record["configuration"], dict[str, Any](record["result"])
+            if is_as_kept(cell.configuration, configuration):
                 return result
         return None
 

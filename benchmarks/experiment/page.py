@@ -63,10 +63,11 @@ def tables(found: dict[str, Any]) -> str:
 
 
 def _bars(found: dict[str, Any]) -> str:
-    lines = ["| key | what | required | target | measured |", "|---|---|---|---|---|"]
-    lines += [
-        f"| `{bar.key}` | {bar.what} | {bar.required} | {bar.target} | {_figure(found[bar.key])} |" for bar in BARS
-    ]
+    lines = ["| key | what | required | target | measured | runs |", "|---|---|---|---|---|---|"]
+    for bar in BARS:
+        done, planned = found["beside"]["runs"][bar.key]
+        measured = _figure(found[bar.key])
+        lines.append(f"| `{bar.key}` | {bar.what} | {bar.required} | {bar.target} | {measured} | {done} of {planned} |")
     return "\n".join(lines)
 
 

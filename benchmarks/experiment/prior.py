@@ -62,7 +62,9 @@ def prior_of(cell: Cell, home: Path) -> Prior | None:
             prior = (
                 _scaling(cell, record.with_suffix("")) if cell.settings["encoder"] == ORACLE else _learned(cell, home)
             )
-            record.write_text(json.dumps(asdict(prior)) + "\n")
+            draft = record.with_suffix(".tmp")
+            draft.write_text(json.dumps(asdict(prior)) + "\n")
+            draft.replace(record)
         return Prior(**json.loads(record.read_text()))
 
 
@@ -79,6 +81,7 @@ def _scaling(cell: Cell, bundle: Path) -> Prior:
     assert known is not None
     started = time.monotonic()
     frames = random_frames(known, min(cell.settings["prior_frames"], 16_384), cell.seed)
+    shutil.rmtree(bundle, ignore_errors=True)  # of a call that was cut off
     save_scaling_encoder(bundle, known.preprocess, frames)
     return Prior(str(bundle), len(frames), round(time.monotonic() - started, 1), 0.0)
 

@@ -7,7 +7,6 @@ stand the interquartile mean and the probability of improvement (Agarwal et al. 
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,13 +25,28 @@ Runs = dict[str, dict[str, dict[int, dict[str, Any]]]]  # arm, game, seed
 FRESH = "vae-frozen"
 ATARI = tuple(game for game in GAMES if game != CARTPOLE)
 MINUTE = 60.0
+# The arms and games whose runs a figure is of.
+NEEDED = {
+    "cartpole_frozen": ((FRESH,), (CARTPOLE,)),
+    "cartpole_online": (("vae-online",), (CARTPOLE,)),
+    "frozen_minus_pixels": ((FRESH, "pixels"), ATARI),
+    "frozen_minus_pixels_low": ((FRESH, "pixels"), ATARI),
+    "clock_excluding": ((FRESH, "pixels"), ATARI),
+    "clock_including": ((FRESH, "pixels"), ATARI),
+    "improve_over_random_encoder": ((FRESH, "random-encoder"), ATARI),
+    "improve_over_pca": ((FRESH, "pca"), ATARI),
+    "online_minus_frozen_low": (("vae-online", FRESH), ATARI),
+    "mspacman_1m": (("tuned",), ("ms_pacman",)),
+}
 
 
 def find(kept: Kept, cell: Cell) -> dict[str, Any] | None:
     """What a cell gave; None where it has not been run, or its recipe is not there."""
-    with contextlib.suppress(UserError):
-        return kept.find(cell)
-    return None
+    try:
+        _ = cell.configuration
+    except UserError:
+        return None
+    return kept.find(cell)
 
 
 def gather(kept: Kept, *, is_short: bool = False) -> Runs:
@@ -71,6 +85,7 @@ def figures(runs: Runs) -> dict[str, Any]:
         "iqm": aggregated(runs, normalised),
         "at_equal_minutes": at_equal_minutes(runs),
     }
+    found["beside"]["runs"] = {key: _counted(runs, *needed) for key, needed in NEEDED.items()}
     found["cells"] = [
         {"arm": arm, "game": game, "seed": seed, **_told(game, run)}
         for arm in ARMS
@@ -78,6 +93,13 @@ def figures(runs: Runs) -> dict[str, Any]:
         for seed, run in sorted(by_seed.items())
     ]
     return found
+
+
+def _counted(runs: Runs, arms: Sequence[str], games: Sequence[str]) -> tuple[int, int]:
+    """Seeds over games that all these arms have run, and those that they are to run."""
+    shared = [game for game in games if set(arms) <= set(GAMES[game].arms)]
+    done = [set.intersection(*(set(_runs(runs, arm, game)) for arm in arms)) for game in shared]
+    return sum(map(len, done)), sum(GAMES[game].seeds for game in shared)
 
 
 def described(cell: Cell, run: dict[str, Any]) -> dict[str, Any]:
