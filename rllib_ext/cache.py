@@ -49,13 +49,11 @@ class LatentCache:
 
     def refresh(self, num_rows: int) -> float:
         """Encodes the next rows in turn anew; how far their latents have moved, root mean square in units of z."""
-        picks = (self._next + np.arange(min(num_rows, len(self._replay)))) % len(self._replay)
-        self._next = int(picks[-1]) + 1 if len(picks) else self._next
-        places = self._replay.held_places(picks)
+        places, self._next = self._replay.places_in_turn(self._next, num_rows)
         before = self._replay.rows_at("z", places).astype(np.float32)
         self._encode(places)
         moved = self._replay.rows_at("z", places) - before
-        return float(np.sqrt(np.square(moved).mean())) if len(picks) else 0.0
+        return float(np.sqrt(np.square(moved).mean())) if len(places) else 0.0
 
     def stale_share(self) -> float:
         """Of the rows held, how many have latents of an earlier version than Q's encoder."""

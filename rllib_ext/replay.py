@@ -213,6 +213,26 @@ class ColumnarReplay:
         places: NDArray[np.int64] = lane * self.spec.lane_rows + picks - (ends - held).take(lane)
         return places
 
+    def places_in_turn(self, first: int, count: int) -> tuple[NDArray[np.int64], int]:
+        """Places of rows held, on a walk that comes by one slot of every lane before it comes by the next.
+
+        Lanes that fill side by side are walked to their ends however slowly. Slots that hold nothing yet are passed.
+
+        Args:
+            first: Where the walk goes on.
+            count: Slots to come by; once around at most.
+
+        Returns:
+            (N,) places, N at most `count`, and where the walk goes on after them.
+        """
+        held = np.minimum(self.written, self.spec.lane_rows)
+        num_slots = int(held.max()) * len(held)
+        if not num_slots:
+            return np.zeros(0, np.int64), 0
+        slot, lane = np.divmod((first + np.arange(min(count, num_slots))) % num_slots, len(held))
+        places = (lane * self.spec.lane_rows + slot)[slot < held[lane]]
+        return places, (first + min(count, num_slots)) % num_slots
+
     def draw_rows(self, count: int) -> NDArray[np.int64]:
         """Places (count,) of rows held, each equally likely, with replacement."""
         return self.held_places(self.rng.integers(0, len(self), count))

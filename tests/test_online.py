@@ -113,6 +113,20 @@ def test_all_rows_are_made_anew_in_turn():
     np.testing.assert_allclose(shares, 1 - np.arange(7) / 6)
 
 
+def test_no_lane_is_left_out_while_the_replay_fills_faster_than_rows_are_made_anew():
+    replay = ColumnarReplay(ReplaySpec(LANES, 400, (SIDE, SIDE), "uint8", stack=2, n_step=2, gamma=0.9, z_dim=16))
+    cache = LatentCache(replay, an_encoder(0), an_encoder(0))
+    rng = np.random.default_rng(0)
+    for version in (1, 2):
+        add_rows(replay, cache, rng, 20)
+        cache.take_over((arrays(an_encoder(version)), arrays(an_encoder(version))))
+    for _ in range(60):
+        add_rows(replay, cache, rng, 1)  # three rows come, and two are made anew
+        cache.refresh(2)
+    versions = replay.rows_at("version", replay.held_places(np.arange(len(replay))))
+    assert (versions == 2).all()
+
+
 def test_the_ends_of_the_replay_are_its_newest_and_oldest_rows_also_while_a_lane_holds_none():
     replay = ColumnarReplay(ReplaySpec(3, 20, (), "uint8", stack=1, n_step=1, gamma=0.9))
     for first_lane, numbers in ((1, range(30)), (0, range(100, 105))):
