@@ -108,7 +108,7 @@ def test_a_server_that_hangs_is_noticed_in_time(server: MlflowServer, tmp_path: 
 
 
 def test_a_server_that_dies_stops_nobody_and_gets_everything_later(
-    server: MlflowServer, bundle: Path, tmp_path: Path, impatient: None
+    server: MlflowServer, bundle: Path, tmp_path: Path, impatient: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = MlflowClient(server.uri, server.uri)
     workspace = Workspace.at(str(tmp_path), server.uri)
@@ -133,6 +133,7 @@ def test_a_server_that_dies_stops_nobody_and_gets_everything_later(
         sync_stage.run(workspace, ended.folder.name)
 
     server.start()
+    monkeypatch.undo()  # who is back may be slow on a busy machine
     assert sync_stage.run(workspace, ended.run_id)["registered"] == ["models:/late/1"]
     assert sync_stage.run(workspace, ended.folder.name)["delivered"] == 0
     going_on.log_metrics({"loss": 1.0}, 1000)
