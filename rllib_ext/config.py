@@ -249,6 +249,7 @@ class LatentDQNConfig(AlgorithmConfig):
             gamma=self.settings.gamma,
             priority_alpha=self.settings.priority_alpha,
             z_dim=math.prod(self.z_shape) if self.has_cache else 0,
+            is_double=self.has_cache and self.settings.double,
         )
 
     @property
@@ -324,11 +325,6 @@ class LatentDQNConfig(AlgorithmConfig):
             raise UserError(
                 f"elbo.{unused[0]} is {getattr(self.elbo, unused[0])!r}, and in mode {self.mode} nothing learns on the "
                 "bound; leave it out, take mode online, or set elbo.in_finetune in mode finetune"
-            )
-        if self.has_cache and self.settings.double:
-            raise UserError(
-                "train.double is true, and the latents that mode online keeps of next frames are the target network's "
-                "alone; set it to false, or elbo.q_reads to exact"
             )
 
     def _read_encoder(self) -> None:

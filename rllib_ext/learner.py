@@ -36,6 +36,7 @@ from rllib_ext.settings import FINETUNE, ONLINE, DQNSettings
 HEAD = "head"
 ENCODER = "encoder"
 _BOUND = "bound"  # in a state
+_READ = {"obs", "next_obs", "next_obs_online"}  # by networks
 _DDP = {"broadcast_buffers": False, "gradient_as_bucket_view": True}  # buffers never change; one copy less
 
 
@@ -70,7 +71,7 @@ class LatentDQNLearner(TorchLearner):
         self._on_cpu = self.device.type == "cpu"
         self._dtype = resolve_precision(self.settings.precision, self.device.type)
         self._graphed = GraphedUpdate(self._update_once)
-        self._latents = {name: torch.empty(0) for name in ("obs", "next_obs")}
+        self._latents = {name: torch.empty(0) for name in _READ}
         self.q_module: LatentQModule = self.module[DEFAULT_MODULE_ID].unwrapped()
         self.q_module.make_target_networks()
         self.bound = self._bound_updates() if self.config.learns_bound else None
@@ -218,8 +219,7 @@ class LatentDQNLearner(TorchLearner):
         share = size // num_learners
         assert size % num_learners == 0, f"batch_size {size} does not divide among {num_learners} learners"
         first = compat.learner_rank(self) * share
-        by_update: list[Any] = [column.reshape(-1, size, *column.shape[1:]) for column in drawn]
-        return Transitions(*(column[:, first : first + share] for column in by_update))
+        return drawn.of_each(lambda column: column.reshape(-1, size, *column.shape[1:])[:, first : first + share])
 
     def _tensors(self, own: Transitions) -> dict[str, Tensor]:
         """The columns as tensors on the device, latents in float32.
@@ -229,13 +229,16 @@ class LatentDQNLearner(TorchLearner):
         """
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            columns = {name: torch.from_numpy(column) for name, column in own._asdict().items() if name != "ids"}
+            columns = {
+                name: torch.from_numpy(column)
+                for name, column in own._asdict().items()
+                if name != "ids" and column is not None
+            }
         if not self._on_cpu:
             columns = {name: x.pin_memory().to(self.device, non_blocking=True) for name, x in columns.items()}
-        for name in ("obs", "next_obs"):  # once, for all networks that read them
-            columns[name] = (
-                self._in_float32(name, columns[name]) if columns[name].is_floating_point() else columns[name]
-            )
+        for name in _READ & columns.keys():  # once, for all networks that read them
+            if columns[name].is_floating_point():
+                columns[name] = self._in_float32(name, columns[name])
         return columns
 
     def _in_float32(self, name: str, latents: Tensor) -> Tensor:
@@ -285,7 +288,7 @@ class LatentDQNLearner(TorchLearner):
 
     def _forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The module's training outputs; DistributedDataParallel has to see this pass."""
-        seen = {Columns.OBS: batch["obs"], Columns.NEXT_OBS: batch["next_obs"]}
+        seen = {Columns.OBS: batch["obs"], Columns.NEXT_OBS: batch.get("next_obs_online", batch["next_obs"])}
         seen[QF_TARGET_NEXT_OUTPUTS] = batch[QF_TARGET_NEXT_OUTPUTS]
         with autocast(self.device.type, self._dtype):
             outputs: dict[str, Tensor] = self.module[DEFAULT_MODULE_ID].forward_train(seen)

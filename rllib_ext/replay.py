@@ -19,7 +19,7 @@ and, worked out once when the rows that decide it have arrived:
 
 Where an encoder goes on learning, three columns more keep latents of the frames, which `rllib_ext.cache` makes:
 
-    z          by the encoder that Q reads with, float16; drawn as `obs`
+    z          by the encoder that Q reads with, float16; drawn as `obs` (double Q-learning: as `next_obs_online` too)
     z_target   by the target network's own; drawn as `next_obs`
     version    of the encoder that made them
 
@@ -36,6 +36,7 @@ a slot's index over all lanes, lane * C + row % C.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,7 +73,8 @@ class Transitions(NamedTuple):
     `obs`, `next_obs` (B, K, ...) in the dtype stored; `action` (B,) int64; `returns` (B,) float32, the discounted sum
     of the rewards up to the bootstrap; `discount` (B,) float32, what the value of `next_obs` counts: 0 after a
     termination, else gamma to the number of rewards summed; `ids` (B,) int64, for `update_priorities`; `weights` (B,)
-    float32, importance weights divided by the greatest of the batch, 1 where draws are uniform.
+    float32, importance weights divided by the greatest of the batch, 1 where draws are uniform. `next_obs_online`
+    (B, K, ...): what the online network reads of the next state, to choose its action; None where that is `next_obs`.
     """
 
     obs: NDArray[Any]
@@ -82,6 +84,11 @@ class Transitions(NamedTuple):
     discount: NDArray[np.float32]
     ids: NDArray[np.int64]
     weights: NDArray[np.float32]
+    next_obs_online: NDArray[Any] | None = None
+
+    def of_each(self, change: Callable[[NDArray[Any]], NDArray[Any]]) -> Transitions:
+        """The same with every column changed in one way."""
+        return Transitions._make(column if column is None else change(column) for column in self)
 
 
 class ColumnarReplay:
@@ -104,7 +111,8 @@ class ColumnarReplay:
         self.columns: dict[str, NDArray[Any]] = {
             name: np.zeros((*rings, *shape), dtype) for name, (dtype, shape) in spec.columns.items()
         }
-        self._read = {"obs": "z", "next_obs": "z_target"} if spec.z_dim else {"obs": "obs", "next_obs": "obs"}
+        seen, seen_by_target = ("z", "z_target") if spec.z_dim else ("obs", "obs")
+        self._read = {"obs": seen, "next_obs": seen_by_target, "next_obs_online": seen}
         self._flat = {name: column.reshape(-1, *column.shape[2:]) for name, column in self.columns.items()}
         self.written = np.zeros(spec.num_lanes, np.int64)
         self.tree = SumTree(spec.num_lanes * spec.lane_rows) if spec.priority_alpha else None
@@ -292,6 +300,7 @@ class ColumnarReplay:
             action=self._flat["action"].take(places).astype(np.int64),
             returns=self._flat["returns"].take(places),
             next_obs=self._observations("next_obs", positions[1]),
+            next_obs_online=self._observations("next_obs_online", positions[1]) if self.spec.is_double else None,
             discount=self._discounts.take(ahead),
             ids=rows * self.spec.num_lanes + lanes,
             weights=weights,

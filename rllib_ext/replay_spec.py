@@ -45,6 +45,7 @@ class ReplaySpec:
         gamma: Discount per step.
         priority_alpha: A transition is drawn in proportion to |TD error| to this power; 0 draws uniformly.
         z_dim: Length of the latents that are kept beside the observations and drawn in their place; 0: none are.
+        is_double: Whether next states are drawn twice, as the online network reads them too.
     """
 
     num_lanes: int
@@ -56,6 +57,7 @@ class ReplaySpec:
     gamma: float
     priority_alpha: float = 0.0
     z_dim: int = 0
+    is_double: bool = False
 
     @property
     def columns(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:

@@ -65,7 +65,7 @@ def random_batch(mode: str, size: int, seed: int = 0) -> Transitions:
 
 
 def rows(batch: Transitions, at) -> Transitions:
-    return Transitions(*(column[at] for column in batch))
+    return batch.of_each(lambda column: column[at])
 
 
 def update(learner, batch: Transitions, updates_before: int = 0) -> LearnerReport:
@@ -86,19 +86,22 @@ def by_hand(module, batch: Transitions, is_double: bool):
     """Values of the rows' actions, and what they should be, in numpy."""
     rows = np.arange(len(batch.action))
     obs, next_obs = torch.from_numpy(batch.obs), torch.from_numpy(batch.next_obs)
+    next_online = next_obs if batch.next_obs_online is None else torch.from_numpy(batch.next_obs_online)
     valued = module.target(next_obs).numpy()
-    chosen = (module.network(next_obs).numpy() if is_double else valued).argmax(1)
+    chosen = (module.network(next_online).numpy() if is_double else valued).argmax(1)
     target = batch.returns + batch.discount * valued[rows, chosen]
     return module.network(obs).numpy(), target, chosen
 
 
-@pytest.mark.parametrize("is_double", [True, False])
-def test_loss_and_errors_are_weighted_huber_of_the_targets(tmp_path, is_double):
+@pytest.mark.parametrize(("is_double", "has_own_next"), [(True, False), (True, True), (False, False)])
+def test_loss_and_errors_are_weighted_huber_of_the_targets(tmp_path, is_double, has_own_next):
     learner = make_learner(tmp_path, "frozen", double=is_double)
     module = learner.module["default_policy"]
     for value in module.target.parameters():
         value.data.normal_()
     batch = random_batch("frozen", 16)
+    if has_own_next:
+        batch = batch._replace(next_obs_online=random_batch("frozen", 16, seed=1).next_obs)
     q, target, _ = by_hand(module, batch, is_double)
     error = q[np.arange(16), batch.action] - target
     huber = np.where(np.abs(error) < 1, 0.5 * error**2, np.abs(error) - 0.5)

@@ -70,7 +70,8 @@ def encoded(encoder: artifact.Encoder, frames: np.ndarray) -> np.ndarray:
 def test_every_row_has_latents_of_the_version_that_it_names(seed):
     """Whatever rows come, wherever the rings wrap, however few are made anew between two versions."""
     rng = np.random.default_rng(seed)
-    replay = ColumnarReplay(ReplaySpec(LANES, 20, (SIDE, SIDE), "uint8", stack=2, n_step=2, gamma=0.9, z_dim=16))
+    spec = ReplaySpec(LANES, 20, (SIDE, SIDE), "uint8", stack=2, n_step=2, gamma=0.9, z_dim=16, is_double=True)
+    replay = ColumnarReplay(spec)
     cache = LatentCache(replay, an_encoder(0), an_encoder(0))
     versions = [(an_encoder(100 + i), an_encoder(200 + i)) for i in range(4)]
     add_rows(replay, cache, rng, int(rng.integers(5, 15)))
@@ -96,7 +97,8 @@ def test_every_row_has_latents_of_the_version_that_it_names(seed):
     assert len(positions) == len(frames)
     newest, target = versions[-1]
     known = {z.tobytes() for z in encoded(newest, frames)}, {z.tobytes() for z in encoded(target, frames)}
-    for z_BKZ, latents in zip((drawn.obs, drawn.next_obs), known, strict=True):
+    assert drawn.next_obs_online is not None
+    for z_BKZ, latents in zip((drawn.obs, drawn.next_obs, drawn.next_obs_online), (*known, known[0]), strict=True):
         assert {z.tobytes() for z in z_BKZ.reshape(-1, 16)} <= latents
 
 
@@ -225,12 +227,6 @@ def test_noise_is_of_run_learner_and_update():
 # --- the loop
 
 
-def test_two_chosen_networks_have_no_cache_of_their_own_and_are_refused(encoder):
-    with pytest.raises(UserError, match=r"train\.double is true, .*elbo\.q_reads to exact"):
-        online(encoder, double=True).check()
-    online(encoder, replace(ELBO, q_reads="exact"), double=True).check()
-
-
 @pytest.mark.parametrize("mode", ["frozen", "finetune", "pixels"])
 def test_settings_of_a_bound_that_there_is_not_are_refused(encoder, mode):
     config = toy_config(mode, None if mode == "pixels" else encoder).latent(elbo=replace(ElboSettings(), lr=1e-3))
@@ -296,12 +292,13 @@ def test_ratios_figures_and_latents_are_as_they_should_be(build, encoder, q_read
     assert algorithm.replay.sample(10).obs.dtype == np.float16
 
 
-def test_q_learns_the_same_from_cache_and_frames_while_the_encoder_stands_still(build, encoder):
+@pytest.mark.parametrize("double", [False, True])
+def test_q_learns_the_same_from_cache_and_frames_while_the_encoder_stands_still(build, encoder, double):
     """But for latents that are rounded to float16."""
     heads = []
     for q_reads in ("cache", "exact"):
         still = replace(ELBO, warmup_agent_steps=10**6, q_reads=q_reads)
-        algorithm = build(online(encoder, still, synchronous=True, epsilon_end=1.0))
+        algorithm = build(online(encoder, still, synchronous=True, epsilon_end=1.0, double=double))
         train(algorithm, 300)
         assert algorithm.updates > 50
         heads.append({name: v for name, v in algorithm.network_state().items() if name.startswith("head")})
