@@ -47,8 +47,8 @@ def algorithms(threads: int, agent_steps: int) -> Iterator[dict[str, LatentDQN]]
             train = {"learner_threads": threads, "warmup_agent_steps": agent_steps // 2}
             reads = name if name == "exact" else "cache"
             elbo = replace(train_recipe("online").elbo, q_reads=reads, warmup_agent_steps=sys.maxsize)
-            config = config_of(Path(folder) / name, mode, train, {}, num_workers=0).latent(elbo=elbo)
-            built[name] = config.build_algo()
+            config = config_of(Path(folder) / name, mode, train, {}, num_workers=0)
+            built[name] = (config.latent(elbo=elbo) if mode == "online" else config).build_algo()
             while built[name].agent_steps < agent_steps:
                 built[name].train()
         torch.set_num_threads(threads)

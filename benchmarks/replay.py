@@ -137,7 +137,8 @@ def _frozen_update() -> Callable[[Transitions], np.ndarray]:
     optimizer = torch.optim.Adam(online.parameters(), lr=1e-4, fused=True)
 
     def update(drawn: Transitions) -> np.ndarray:
-        obs, action, returns, next_obs, discount, _, weights = map(torch.from_numpy, drawn)
+        columns = (drawn.obs, drawn.action, drawn.returns, drawn.next_obs, drawn.discount, drawn.weights)
+        obs, action, returns, next_obs, discount, weights = map(torch.from_numpy, columns)
         obs, next_obs = obs.float(), next_obs.float()
         wanted = _targets(online, target, returns, discount, next_obs)
         value = online(obs).gather(1, action[:, None]).squeeze(1)

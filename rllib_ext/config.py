@@ -320,12 +320,16 @@ class LatentDQNConfig(AlgorithmConfig):
             raise UserError(f"mode {self.mode} needs an encoder bundle; pass latent(encoder=FOLDER)")
         if self.mode == ONLINE and self.encoder_path is None and self.encoder_config is None:
             raise UserError("mode online needs latent(encoder=FOLDER), or latent(encoder_config=...) from nothing")
-        unused = [] if self.learns_bound else changed_names(self.elbo)
-        if unused:
-            raise UserError(
-                f"elbo.{unused[0]} is {getattr(self.elbo, unused[0])!r}, and in mode {self.mode} nothing learns on the "
-                "bound; leave it out, take mode online, or set elbo.in_finetune in mode finetune"
-            )
+        unread = self.elbo.unread(self.mode)
+        for name in changed_names(self.elbo):
+            if name in unread:
+                advice = "leave it out" + (
+                    "" if self.learns_bound else ", or take mode online, or elbo.in_finetune=true"
+                )
+                raise UserError(
+                    f"elbo.{name} is {getattr(self.elbo, name)!r}, which decides nothing in this run in mode "
+                    f"{self.mode}; {advice}"
+                )
 
     def _read_encoder(self) -> None:
         assert self.preprocess is not None

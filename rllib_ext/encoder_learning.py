@@ -27,6 +27,7 @@ from rllib_ext.replay import ColumnarReplay
 _LOOK_FRAMES = 64  # fresh ones, and as many old ones
 _INITIAL_FRAMES = 1_024
 _MOST_UPDATES_AT_ONCE = 16
+_MOST_BYTES_AT_ONCE = 64 * 2**20
 
 
 class EncoderLearning:
@@ -75,21 +76,26 @@ class EncoderLearning:
         self.has_started = True
         if self._config.bundle is None:
             self._learners.initialise_model(self._frames(_INITIAL_FRAMES))
-            for done in range(0, self._settings.scratch_updates, _MOST_UPDATES_AT_ONCE):
-                left = self._settings.scratch_updates - done
-                self._learn(min(left, _MOST_UPDATES_AT_ONCE), "scratch_lr")
+            for done in range(0, self._settings.scratch_updates, self._updates_per_draw):
+                self._learn(min(self._settings.scratch_updates - done, self._updates_per_draw), "scratch_lr")
         self._publish(1.0)  # not before: what is held is encoded by the first version
         self.on_start()
 
     def _update(self, number: int) -> None:
         every = self._settings.publish_updates
         while number > 0:
-            now = min(number, _MOST_UPDATES_AT_ONCE, every - self.updates % every)
+            now = min(number, self._updates_per_draw, every - self.updates % every)
             self._learn(now, "lr")
             self.updates += now
             number -= now
             if self.updates % every == 0:
                 self._publish(self._settings.target_tau)
+
+    @property
+    def _updates_per_draw(self) -> int:
+        """As many as their frames fit into memory."""
+        batch_bytes = self._settings.batch_size * math.prod(self._replay.spec.obs_shape)
+        return max(1, min(_MOST_UPDATES_AT_ONCE, _MOST_BYTES_AT_ONCE // batch_bytes))
 
     def _learn(self, number: int, rate: str) -> None:
         """Makes so many updates at the rate of that name; ends a run whose model holds nothing any more.
@@ -101,8 +107,8 @@ class EncoderLearning:
         self._figures |= self._learners.update_bound(self._frames(number * self._settings.batch_size), lr)
         if not math.isfinite(self._figures["elbo"]):
             raise UserError(
-                f"the latent-variable model has diverged: its bound is {self._figures['elbo']} after {self.updates} "
-                f"updates; start again with a lower elbo.{rate} ({lr}), or with elbo.grad_clip "
+                f"the latent-variable model has diverged: its bound is {self._figures['elbo']}; "
+                f"start again with a lower elbo.{rate} ({lr}), or with elbo.grad_clip "
                 f"({self._settings.grad_clip}) lower and above 0"
             )
 

@@ -145,10 +145,10 @@ class LatentDQNLearner(TorchLearner):
         """Takes over weights and optimizers, whose rates stay those of this run's settings.
 
         Raises:
-            UserError: It is of a run whose model did not learn on its bound, and this one's does.
+            UserError: It lacks the model that learns on its bound, as those of remote learners once did.
         """
         if self.bound is not None and _BOUND not in state:
-            raise UserError("the state holds no model that learns on its bound; restore it in the mode that it is of")
+            raise UserError("the state lacks the model that learns on its bound; start the run anew")
         own = ("lr", "eps", "capturable")
         settings = [
             (optimizer, [{name: group[name] for name in own} for group in optimizer.param_groups])

@@ -53,9 +53,10 @@ class Learners:
         weights: Arrays = self._of_first(_model_weights)
         return weights
 
-    def _everywhere(self, function: Callable[..., Any], frames: NDArray[np.uint8], *others: Any) -> list[Any]:
-        shared = ray.put(frames) if self._group.is_remote else frames
-        return _values(self._group.foreach_learner(_call, function=function, frames=shared, others=others))
+    def _everywhere(self, function: Callable[..., Any], large: Any, *others: Any) -> list[Any]:
+        """Of each learner; what is large goes through the object store once."""
+        shared = ray.put(large) if self._group.is_remote else large
+        return _values(self._group.foreach_learner(_call, function=function, large=shared, others=others))
 
     def _of_first(self, function: Callable[[LatentDQNLearner], Any]) -> Any:
         (value,) = _values(self._group.foreach_learner(function, remote_actor_ids=[0]))
@@ -78,7 +79,7 @@ class Learners:
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Takes over what `state` gave."""
-        self._group.set_state({COMPONENT_LEARNER: {**state, WEIGHTS_SEQ_NO: 0}})
+        self._everywhere(LatentDQNLearner.set_state, {**state, WEIGHTS_SEQ_NO: 0})
 
 
 def _values(results: Any) -> list[Any]:
@@ -96,8 +97,8 @@ def _update(learner: LatentDQNLearner, drawn: Any, updates_before: int) -> Learn
     return learner.update_drawn(transitions, updates_before=updates_before)
 
 
-def _call(learner: LatentDQNLearner, function: Callable[..., Any], frames: Any, others: tuple[Any, ...]) -> Any:
-    return function(learner, ray.get(frames) if isinstance(frames, ray.ObjectRef) else frames, *others)
+def _call(learner: LatentDQNLearner, function: Callable[..., Any], large: Any, others: tuple[Any, ...]) -> Any:
+    return function(learner, ray.get(large) if isinstance(large, ray.ObjectRef) else large, *others)
 
 
 def _model_weights(learner: LatentDQNLearner) -> Arrays:

@@ -233,12 +233,13 @@ class ColumnarReplay:
         Returns:
             (N,) places, N at most `count`, and where the walk goes on after them.
         """
-        held = np.minimum(self.written, self.spec.lane_rows)
-        num_slots = int(held.max()) * len(held)
-        if not num_slots:
+        lanes = np.flatnonzero(self.written)
+        if not lanes.size:
             return np.zeros(0, np.int64), 0
-        slot, lane = np.divmod((first + np.arange(min(count, num_slots))) % num_slots, len(held))
-        places = (lane * self.spec.lane_rows + slot)[slot < held[lane]]
+        held = np.minimum(self.written[lanes], self.spec.lane_rows)
+        num_slots = int(held.max()) * len(lanes)
+        slot, lane = np.divmod((first + np.arange(min(count, num_slots))) % num_slots, len(lanes))
+        places: NDArray[np.int64] = (lanes[lane] * self.spec.lane_rows + slot)[slot < held[lane]]
         return places, (first + min(count, num_slots)) % num_slots
 
     def draw_rows(self, count: int) -> NDArray[np.int64]:

@@ -30,7 +30,7 @@ from rllib_ext.replay_spec import ReplaySpec
 _RECORD = "replay.json"
 _FORMAT = 3
 _PRIORITIES = "priorities"
-_ADDED = {"z_dim": 0}  # to the spec, since the first version of this format
+_ADDED = {"z_dim": 0, "is_double": False}  # to the spec, since the first version of this format
 _SEGMENT_BYTES = 32 * 2**20
 
 

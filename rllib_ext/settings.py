@@ -20,7 +20,7 @@ T = TypeVar("T")
 FROZEN, FINETUNE, ONLINE, PIXELS = "frozen", "finetune", "online", "pixels"
 MODES = (FROZEN, FINETUNE, ONLINE, PIXELS)
 MOST_LAYERS, MOST_WIDTH = 16, 8192
-MOST_FRAMES = 16_384  # of an update on the bound; sixteen of them are drawn at once
+MOST_FRAMES = 4_096  # of an update on the bound
 ENCODER_TORSO, NATURE = "encoder", "nature"
 TORSOS = (ENCODER_TORSO, NATURE)
 CACHE, EXACT = "cache", "exact"
@@ -104,7 +104,8 @@ class ElboSettings:
         target_tau: Share of each new version that is blended into the target network's own encoder.
         q_reads: "cache": latents that the replay keeps beside its frames, some made by earlier versions; "exact": every
             drawn frame is encoded anew.
-        refresh_rows_per_update: Rows of the cache that are made anew for every update of Q, in turn.
+        refresh_rows_per_update: Rows of the cache that are made anew for every update of Q, in turn; fewer while some
+            lanes hold more rows than others.
         in_finetune: Whether mode finetune makes such updates too, beside those on the TD error.
     """
 
@@ -120,6 +121,14 @@ class ElboSettings:
     q_reads: str = CACHE
     refresh_rows_per_update: int = 16
     in_finetune: bool = False
+
+    def unread(self, mode: str) -> set[str]:
+        """Fields that decide nothing in a mode, however its encoder starts."""
+        if mode == ONLINE:
+            return {"in_finetune"}
+        if mode == FINETUNE and self.in_finetune:
+            return {"target_tau", "q_reads", "refresh_rows_per_update"}
+        return {field.name for field in dataclasses.fields(self)}
 
     def due_updates(self, agent_steps: int) -> int:
         """Updates on the bound that the ratio allows in total after so many agent steps."""

@@ -164,7 +164,7 @@ def test_finetune_keeps_them_with_the_bound_only_and_frozen_none(place, tmp_path
     encoder = str(make_encoder(tmp_path / "encoder", preprocess_for("pong"), TINY, standardise=False))
     with_bound = replace(TURNS, elbo=replace(ELBO, in_finetune=True))
     assert list(listed(run(place, encoder, mode="finetune", recipe=with_bound, agent_steps=128))) == [96, 128]
-    frozen = run(place, encoder, mode="frozen", agent_steps=128)
+    frozen = run(place, encoder, mode="frozen", recipe=replace(TURNS, elbo=ElboSettings()), agent_steps=128)
     assert not listed(frozen)
     page = Path(jobs.report.run(place, Path(frozen["run_folder"]).name)["path"]).read_text()
     assert "How the representation changed" not in page

@@ -227,17 +227,40 @@ def test_noise_is_of_run_learner_and_update():
 # --- the loop
 
 
-@pytest.mark.parametrize("mode", ["frozen", "finetune", "pixels"])
-def test_settings_of_a_bound_that_there_is_not_are_refused(encoder, mode):
-    config = toy_config(mode, None if mode == "pixels" else encoder).latent(elbo=replace(ElboSettings(), lr=1e-3))
-    with pytest.raises(UserError, match=rf"elbo\.lr is 0\.001, and in mode {mode} nothing learns on the bound"):
+@pytest.mark.parametrize(
+    ("mode", "has_encoder", "changes"),
+    [
+        ("frozen", True, {"lr": 1e-3}),
+        ("finetune", True, {"lr": 1e-3}),
+        ("pixels", False, {"batch_size": 32}),
+        ("finetune", True, {"in_finetune": True, "q_reads": "exact"}),
+        ("online", False, {"in_finetune": True}),
+    ],
+)
+def test_settings_that_decide_nothing_are_refused(encoder, mode, has_encoder, changes):
+    config = toy_config(mode, encoder if has_encoder else None).latent(elbo=replace(ElboSettings(), **changes))
+    config.encoder_config = None if has_encoder else TOY_VAE
+    name = list(changes)[-1]
+    with pytest.raises(
+        UserError, match=rf"elbo\.{name} is .*, which decides nothing in this run in mode {mode}; leave"
+    ):
         config.check()
 
 
-def test_a_state_without_the_model_that_learns_is_refused(build, encoder):
-    algorithm = build(online(encoder))
+def test_with_double_q_learning_both_encoders_latents_of_next_states_are_drawn(build, encoder):
+    for double in (False, True):
+        algorithm = build(online(encoder, replace(ELBO, target_tau=0.1), double=double))
+        train(algorithm, 300)
+        drawn = algorithm.replay.sample(32)
+        assert (drawn.next_obs_online is not None) == double
+    assert not np.array_equal(drawn.next_obs, drawn.next_obs_online)
+
+
+@pytest.mark.parametrize("num_learners", [0, 2])
+def test_a_state_without_the_model_that_learns_is_refused(build, encoder, num_learners):
+    algorithm = build(online(encoder).learners(num_learners=num_learners))
     state = algorithm.learners.state()
-    with pytest.raises(UserError, match="holds no model that learns on its bound"):
+    with pytest.raises(UserError, match="lacks the model that learns on its bound"):
         algorithm.learners.set_state({key: value for key, value in state.items() if key != "bound"})
 
 
@@ -368,8 +391,8 @@ def test_q_begins_with_latents_of_the_encoder_that_the_start_from_nothing_ends_w
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 0}, "elbo.batch_size is 0; it must be from 1 to 16384"),
-        ({"batch_size": 10**9}, "elbo.batch_size is 1000000000; it must be from 1 to 16384"),
+        ({"batch_size": 0}, "elbo.batch_size is 0; it must be from 1 to 4096"),
+        ({"batch_size": 10**9}, "elbo.batch_size is 1000000000; it must be from 1 to 4096"),
         ({"target_tau": 0.0}, "elbo.target_tau is 0.0"),
         ({"q_reads": "guess"}, "elbo.q_reads is 'guess'; choose one of cache, exact"),
         ({"lr": "fast"}, "elbo.lr is 'fast'; it must be a number"),

@@ -85,6 +85,16 @@ def test_checkpoints_on_top_of_each_other_hold_what_whole_ones_hold(tmp_path_fac
     shutil.rmtree(folder)
 
 
+def test_a_replay_saved_before_the_spec_had_all_its_fields_is_read(tmp_path):
+    replay, _ = filled(30)
+    save_replay(replay, tmp_path / "a")
+    record = json.loads((tmp_path / "a" / "replay.json").read_text())
+    for name in ("z_dim", "is_double"):
+        del record["spec"][name]
+    (tmp_path / "a" / "replay.json").write_text(json.dumps(record))
+    assert_equal(replay, load_replay(tmp_path / "a", replay.spec))
+
+
 def filled(num_rows: int) -> tuple[ColumnarReplay, FakeGame]:
     replay, game = ColumnarReplay(SPEC, seed=3), FakeGame(SPEC.num_lanes)
     add(replay, game, num_rows)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from curves.arms import plain
 
@@ -22,6 +23,7 @@ from experiment.oracle import save_scaling_encoder
 from experiment.worlds import random_frames, write_random_play
 from jobs import collect, pretrain
 from jobs.workspace import Workspace
+from pipeline.errors import reading
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,20 @@ def prior_of(cell: Cell, home: Path) -> Prior | None:
             prior = (
                 _scaling(cell, record.with_suffix("")) if cell.settings["encoder"] == ORACLE else _learned(cell, home)
             )
-            draft = record.with_suffix(".tmp")
-            draft.write_text(json.dumps(asdict(prior)) + "\n")
-            draft.replace(record)
-        return Prior(**json.loads(record.read_text()))
+            _write(record, asdict(prior))
+        return Prior(**_read(record))
+
+
+def _write(path: Path, value: Any) -> None:
+    """As JSON, whole or not at all."""
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(value) + "\n")
+    draft.replace(path)
+
+
+def _read(path: Path) -> Any:
+    with reading(str(path), "remove it and what lies beside it, to have it made again"):
+        return json.loads(path.read_text())
 
 
 @contextlib.contextmanager
@@ -107,7 +119,7 @@ def _learned(cell: Cell, home: Path) -> Prior:
         else:
             shutil.rmtree(frames, ignore_errors=True)  # of a call that was cut off
             write_random_play(cell.world, frames, num_frames, cell.seed)
-        seconds.write_text(json.dumps(round(time.monotonic() - started, 1)))
+        _write(seconds, round(time.monotonic() - started, 1))
     started = time.monotonic()
     made = pretrain.run(workspace, recipe, str(frames), f"{name}-{recipe.name}")
-    return Prior(made["bundle"], num_frames, json.loads(seconds.read_text()), round(time.monotonic() - started, 1))
+    return Prior(made["bundle"], num_frames, _read(seconds), round(time.monotonic() - started, 1))

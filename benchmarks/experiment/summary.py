@@ -277,9 +277,17 @@ def _matrix(
 def _improvement(
     runs: Runs, other: str, games: Sequence[str], score: Callable[[str, dict[str, Any]], float]
 ) -> float | None:
-    """Chance that a run of the frozen VAE is better than one of another arm, mean over the games that both have run."""
-    scores = [[_matrix(runs, arm, [game], score) for arm in (FRESH, other)] for game in games]
-    chances = [measures.probability_of_improvement(a, b) for a, b in scores if a is not None and b is not None]
+    """Chance that a run of the frozen VAE is better than one of another arm, mean over the games that both have run.
+
+    Of the seeds that both have; every run of the one is held against every run of the other.
+    """
+    chances = []
+    for game in games:
+        mine, theirs = _runs(runs, FRESH, game), _runs(runs, other, game)
+        seeds = sorted(mine.keys() & theirs.keys())
+        if seeds:
+            of_both = (np.array([[score(game, by_seed[seed])] for seed in seeds]) for by_seed in (mine, theirs))
+            chances.append(measures.probability_of_improvement(*of_both))
     return _mean(chances)
 
 
