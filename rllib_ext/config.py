@@ -34,7 +34,6 @@ from rllib_ext.settings import (
     DQNSettings,
     ElboSettings,
     QConfig,
-    changed_names,
     replace_known,
 )
 from rllib_ext.shared_bundle import SharedBundle
@@ -320,16 +319,7 @@ class LatentDQNConfig(AlgorithmConfig):
             raise UserError(f"mode {self.mode} needs an encoder bundle; pass latent(encoder=FOLDER)")
         if self.mode == ONLINE and self.encoder_path is None and self.encoder_config is None:
             raise UserError("mode online needs latent(encoder=FOLDER), or latent(encoder_config=...) from nothing")
-        unread = self.elbo.unread(self.mode)
-        for name in changed_names(self.elbo):
-            if name in unread:
-                advice = "leave it out" + (
-                    "" if self.learns_bound else ", or take mode online, or elbo.in_finetune=true"
-                )
-                raise UserError(
-                    f"elbo.{name} is {getattr(self.elbo, name)!r}, which decides nothing in this run in mode "
-                    f"{self.mode}; {advice}"
-                )
+        self.elbo.check_mode(self.mode)
 
     def _read_encoder(self) -> None:
         assert self.preprocess is not None

@@ -122,13 +122,23 @@ class ElboSettings:
     refresh_rows_per_update: int = 16
     in_finetune: bool = False
 
-    def unread(self, mode: str) -> set[str]:
-        """Fields that decide nothing in a mode, however its encoder starts."""
+    def check_mode(self, mode: str) -> None:
+        """Refuses values that decide nothing in a mode.
+
+        Raises:
+            UserError: The first of them.
+        """
+        unread = {field.name for field in dataclasses.fields(self)}
         if mode == ONLINE:
-            return {"in_finetune"}
-        if mode == FINETUNE and self.in_finetune:
-            return {"target_tau", "q_reads", "refresh_rows_per_update"}
-        return {field.name for field in dataclasses.fields(self)}
+            unread = {"in_finetune"}
+        elif mode == FINETUNE and self.in_finetune:
+            unread = {"target_tau", "q_reads", "refresh_rows_per_update"}
+        for name in changed_names(self):
+            if name in unread:
+                raise UserError(
+                    f"elbo.{name} is {getattr(self, name)!r}, which decides nothing in this run in mode {mode}; leave "
+                    f"it out, take mode {ONLINE}, or elbo.in_finetune=true in mode {FINETUNE}"
+                )
 
     def due_updates(self, agent_steps: int) -> int:
         """Updates on the bound that the ratio allows in total after so many agent steps."""
