@@ -28,8 +28,7 @@ class Learners:
 
     def update(self, drawn: Transitions, updates_before: int) -> list[LearnerReport]:
         """Updates on all minibatches of a draw; one report a learner."""
-        shared = ray.put(drawn) if self._group.is_remote else drawn
-        return _values(self._group.foreach_learner(_update, drawn=shared, updates_before=updates_before))
+        return self._everywhere(_update, drawn, updates_before)
 
     def initialise_model(self, frames: NDArray[np.uint8]) -> None:
         """Sets what a model that starts from nothing takes from frames (N, H, W)."""
@@ -92,9 +91,8 @@ def _values(results: Any) -> list[Any]:
     return [result.get() for result in results]
 
 
-def _update(learner: LatentDQNLearner, drawn: Any, updates_before: int) -> LearnerReport:
-    transitions = ray.get(drawn) if isinstance(drawn, ray.ObjectRef) else drawn
-    return learner.update_drawn(transitions, updates_before=updates_before)
+def _update(learner: LatentDQNLearner, drawn: Transitions, updates_before: int) -> LearnerReport:
+    return learner.update_drawn(drawn, updates_before=updates_before)
 
 
 def _call(learner: LatentDQNLearner, function: Callable[..., Any], large: Any, others: tuple[Any, ...]) -> Any:

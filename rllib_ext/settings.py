@@ -128,17 +128,17 @@ class ElboSettings:
         Raises:
             UserError: The first of them.
         """
-        unread = {field.name for field in dataclasses.fields(self)}
+        unread, advice = {field.name for field in dataclasses.fields(self)}, "leave it out"
         if mode == ONLINE:
             unread = {"in_finetune"}
         elif mode == FINETUNE and self.in_finetune:
             unread = {"target_tau", "q_reads", "refresh_rows_per_update"}
+        else:
+            advice += f", take mode {ONLINE}, or elbo.in_finetune=true in mode {FINETUNE}"
         for name in changed_names(self):
             if name in unread:
-                raise UserError(
-                    f"elbo.{name} is {getattr(self, name)!r}, which decides nothing in this run in mode {mode}; leave "
-                    f"it out, take mode {ONLINE}, or elbo.in_finetune=true in mode {FINETUNE}"
-                )
+                value = getattr(self, name)
+                raise UserError(f"elbo.{name} is {value!r}, which decides nothing in this run in mode {mode}; {advice}")
 
     def due_updates(self, agent_steps: int) -> int:
         """Updates on the bound that the ratio allows in total after so many agent steps."""

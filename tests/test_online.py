@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
-from catch import catch_preprocess
 from rl_toys import TOY_VAE, toy_config, toy_ray, train
 from test_algorithm import LEARNING, greedy_return, refresh
 from test_loop import assert_same
 
 from pipeline import artifact
 from pipeline.errors import UserError
-from pipeline.models.vae import VAE, VAESettings
-from rllib_ext.bound import BoundUpdates
-from rllib_ext.cache import LatentCache
 from rllib_ext.config import ElboSettings, QConfig
-from rllib_ext.replay import ColumnarReplay, Rows
-from rllib_ext.replay_spec import ReplaySpec
 
 pytest_plugins = ["rl_fixtures"]
 ELBO = ElboSettings(
     updates_per_agent_step=0.1, warmup_agent_steps=32, batch_size=32, publish_updates=5, scratch_updates=20
 )
-SIDE, LANES = 12, 3
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,193 +29,6 @@ def _ray_session():
 def online(encoder, elbo: ElboSettings = ELBO, **training):
     config = toy_config("online", encoder, **training).latent(elbo=elbo)
     return config if encoder is not None else config.latent(encoder_config=TOY_VAE)
-
-
-# --- the cache
-
-
-def an_encoder(seed: int) -> artifact.Encoder:
-    torch.manual_seed(seed)
-    return artifact.from_scratch(TOY_VAE, catch_preprocess()).requires_grad_(False).eval()
-
-
-def arrays(encoder: artifact.Encoder) -> dict[str, np.ndarray]:
-    return {name: value.numpy().copy() for name, value in encoder.state_dict().items()}
-
-
-def add_rows(replay: ColumnarReplay, cache: LatentCache, rng: np.random.Generator, num_rows: int) -> None:
-    shape = (num_rows, LANES)
-    false = np.zeros(shape, bool)
-    is_first = false.copy()
-    is_first[0] = replay.written[0] == 0
-    frames = rng.integers(0, 256, (*shape, SIDE, SIDE), dtype=np.uint8)
-    replay.add(Rows(frames, np.zeros(shape, int), np.ones(shape, np.float32), is_first, false, false, false), 0)
-    cache.add(0, num_rows, LANES)
-
-
-def encoded(encoder: artifact.Encoder, frames: np.ndarray) -> np.ndarray:
-    return encoder.encode(torch.from_numpy(frames)).to(torch.float16).numpy()
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_every_row_has_latents_of_the_version_that_it_names(seed):
-    """Whatever rows come, wherever the rings wrap, however few are made anew between two versions."""
-    rng = np.random.default_rng(seed)
-    spec = ReplaySpec(LANES, 20, (SIDE, SIDE), "uint8", stack=2, n_step=2, gamma=0.9, z_dim=16, is_double=True)
-    replay = ColumnarReplay(spec)
-    cache = LatentCache(replay, an_encoder(0), an_encoder(0))
-    versions = [(an_encoder(100 + i), an_encoder(200 + i)) for i in range(4)]
-    add_rows(replay, cache, rng, int(rng.integers(5, 15)))
-    for online_encoder, target in versions:
-        cache.take_over((arrays(online_encoder), arrays(target)))
-        for _ in range(int(rng.integers(1, 4))):
-            add_rows(replay, cache, rng, int(rng.integers(1, 9)))
-            cache.refresh(int(rng.integers(0, 12)))
-    held = replay.held_places(np.arange(len(replay)))
-    frames, made_by = replay.rows_at("obs", held), replay.rows_at("version", held)
-    assert set(made_by) <= {1, 2, 3, 4}
-    assert cache.stale_share() == pytest.approx((made_by < 4).mean())
-    for number in set(made_by):
-        rows = made_by == number
-        for name, encoder in zip(("z", "z_target"), versions[number - 1], strict=True):
-            expected = encoded(encoder, frames[rows])  # in a batch of another size: on some processors sums differ
-            np.testing.assert_allclose(replay.rows_at(name, held)[rows], expected, rtol=1e-3, atol=1e-6)
-    moved = cache.refresh(len(replay))
-    assert moved > 0 or (made_by == 4).all()
-    assert cache.stale_share() == cache.refresh(len(replay)) == 0
-    drawn, positions = replay.sample(50), {frame.tobytes(): i for i, frame in enumerate(frames)}
-    assert drawn.obs.shape == (50, 2, 16)
-    assert len(positions) == len(frames)
-    newest, target = versions[-1]
-    known = {z.tobytes() for z in encoded(newest, frames)}, {z.tobytes() for z in encoded(target, frames)}
-    assert drawn.next_obs_online is not None
-    for z_BKZ, latents in zip((drawn.obs, drawn.next_obs, drawn.next_obs_online), (*known, known[0]), strict=True):
-        assert {z.tobytes() for z in z_BKZ.reshape(-1, 16)} <= latents
-
-
-def test_all_rows_are_made_anew_in_turn():
-    replay = ColumnarReplay(ReplaySpec(LANES, 20, (SIDE, SIDE), "uint8", stack=2, n_step=2, gamma=0.9, z_dim=16))
-    cache = LatentCache(replay, an_encoder(0), an_encoder(0))
-    add_rows(replay, cache, np.random.default_rng(0), 14)
-    for version in (1, 2):
-        cache.take_over((arrays(an_encoder(version)), arrays(an_encoder(version))))
-    shares = [cache.stale_share()]
-    for _ in range(6):
-        cache.refresh(7)
-        shares.append(cache.stale_share())
-    np.testing.assert_allclose(shares, 1 - np.arange(7) / 6)
-
-
-def test_no_lane_is_left_out_while_the_replay_fills_faster_than_rows_are_made_anew():
-    replay = ColumnarReplay(ReplaySpec(LANES, 400, (SIDE, SIDE), "uint8", stack=2, n_step=2, gamma=0.9, z_dim=16))
-    cache = LatentCache(replay, an_encoder(0), an_encoder(0))
-    rng = np.random.default_rng(0)
-    for version in (1, 2):
-        add_rows(replay, cache, rng, 20)
-        cache.take_over((arrays(an_encoder(version)), arrays(an_encoder(version))))
-    for _ in range(60):
-        add_rows(replay, cache, rng, 1)  # three rows come, and two are made anew
-        cache.refresh(2)
-    versions = replay.rows_at("version", replay.held_places(np.arange(len(replay))))
-    assert (versions == 2).all()
-
-
-def test_the_ends_of_the_replay_are_its_newest_and_oldest_rows_also_while_a_lane_holds_none():
-    replay = ColumnarReplay(ReplaySpec(3, 20, (), "uint8", stack=1, n_step=1, gamma=0.9))
-    for first_lane, numbers in ((1, range(30)), (0, range(100, 105))):
-        for number in numbers:
-            one = np.full((1, 1), number)
-            false = np.zeros((1, 1), bool)
-            replay.add(Rows(one.astype(np.uint8), one * 0, one * 0.0, false, false, false, false), first_lane)
-    newest, oldest = (replay.rows_at("obs", places).tolist() for places in replay.ends(3))
-    assert sorted(newest) == [27, 28, 29, 102, 103, 104]
-    assert sorted(oldest) == [10, 11, 12, 100, 101, 102]
-    assert [len(places) for places in replay.ends(50)] == [10, 10], "as many of each lane"
-
-
-# --- updates on the bound
-
-
-def bound_updates(settings: VAESettings = TOY_VAE, **changes) -> BoundUpdates:
-    torch.manual_seed(0)
-    model = VAE(settings.for_frames(SIDE, SIDE))
-    return BoundUpdates(model, replace(ELBO, **changes), None)
-
-
-def some_frames(count: int) -> np.ndarray:
-    """A bright square somewhere on black."""
-    rng, frames = np.random.default_rng(0), np.zeros((count, SIDE, SIDE), np.uint8)
-    for frame, (down, right) in zip(frames, rng.integers(0, SIDE - 3, (count, 2)), strict=True):
-        frame[down : down + 3, right : right + 3] = 200
-    return frames
-
-
-def test_the_bound_rises_on_frames_it_learns_from_and_dimensions_come_into_use():
-    updates, frames = bound_updates(), some_frames(320)
-    updates.initialise(frames)
-    first = updates.look_at(frames[:64], frames[64:128])
-    for _ in range(20):
-        figures = updates.update(frames, 3e-3)
-    last = updates.look_at(frames[:64], frames[64:128])
-    assert last["elbo_fresh"] > first["elbo_fresh"] + 20
-    assert last["elbo_old"] > first["elbo_old"] + 20
-    assert 0 < last["active_units"] <= 16
-    assert figures["elbo_kl"] > 1
-
-
-CONVOLUTIONS = replace(TOY_VAE, widths=(8, 8), num_blocks=1)  # weights that gradients lie across
-
-
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_an_update_is_adams_whatever_order_weights_and_gradients_have_in_memory(channels_last):
-    """Fused Adam pairs the two as they lie; the plain one by their places."""
-    updates, frames = bound_updates(CONVOLUTIONS), some_frames(128)
-    updates.initialise(frames)
-    if channels_last:
-        updates.model.to(memory_format=torch.channels_last)
-    plain = copy.deepcopy(updates)
-    plain._optimizer = torch.optim.Adam(plain._parameters, fused=False)
-    for each in (updates, plain):
-        for _ in range(3):
-            each.update(frames, 1e-3)
-    for (name, one), other in zip(updates.model.named_parameters(), plain.model.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-4, msg=lambda said, name=name: f"{name}: {said}")
-
-
-@pytest.mark.parametrize("model", [TOY_VAE, CONVOLUTIONS])
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_a_state_that_is_taken_over_goes_on_as_the_one_that_gave_it(model, channels_last):
-    one, other, frames = bound_updates(model), bound_updates(model), some_frames(64)
-    for updates in (one, other) if channels_last else ():
-        updates.model.to(memory_format=torch.channels_last)
-    one.update(frames, 1e-3)
-    other.set_state(one.state())
-    results = []
-    for updates in (one, other):
-        torch.rand(3)  # whatever else of the process draws noise
-        results.append((updates.update(frames, 1e-3), artifact.weights_sha256(updates.model)))
-    assert results[0] == results[1]
-
-
-def test_noise_is_of_run_learner_and_update():
-    def noise(updates: BoundUpdates) -> float:
-        with updates._own_noise():
-            return float(torch.rand(()))
-
-    before, drawn = torch.get_rng_state(), []
-    model = VAE(TOY_VAE.for_frames(SIDE, SIDE))
-    for seed, rank in ((0, 0), (1, 0), (0, 1)):
-        updates = BoundUpdates(model, ELBO, None, seed=seed, rank=rank)
-        torch.set_rng_state(before)
-        drawn.append(noise(updates))
-        assert noise(updates) == drawn[-1]
-        assert torch.equal(before, torch.get_rng_state())
-    one = bound_updates()
-    one.update(some_frames(32), 0.0)
-    assert len({*drawn, noise(one)}) == 4
-
-
-# --- the loop
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from peers.results import machine
 from peers.running import CellFailed, run_apart
 
 from curves.arms import Cell, is_as_kept, plain
+from pipeline import disk
 from pipeline.errors import UserError, reading
 
 LIMIT_S = 7_200.0
@@ -70,6 +71,4 @@ class Kept:
         }
         path = self.path(cell)
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(".tmp")
-        draft.write_text(json.dumps(record, separators=(",", ":")) + "\n")
-        draft.replace(path)
+        disk.write_text(path, json.dumps(record, separators=(",", ":")) + "\n")

@@ -23,6 +23,7 @@ from experiment.oracle import save_scaling_encoder
 from experiment.worlds import random_frames, write_random_play
 from jobs import collect, pretrain
 from jobs.workspace import Workspace
+from pipeline import disk
 from pipeline.errors import reading
 
 
@@ -64,15 +65,8 @@ def prior_of(cell: Cell, home: Path) -> Prior | None:
             prior = (
                 _scaling(cell, record.with_suffix("")) if cell.settings["encoder"] == ORACLE else _learned(cell, home)
             )
-            _write(record, asdict(prior))
+            disk.write_text(record, json.dumps(asdict(prior)) + "\n")
         return Prior(**_read(record))
-
-
-def _write(path: Path, value: Any) -> None:
-    """As JSON, whole or not at all."""
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(value) + "\n")
-    draft.replace(path)
 
 
 def _read(path: Path) -> Any:
@@ -119,7 +113,7 @@ def _learned(cell: Cell, home: Path) -> Prior:
         else:
             shutil.rmtree(frames, ignore_errors=True)  # of a call that was cut off
             write_random_play(cell.world, frames, num_frames, cell.seed)
-        _write(seconds, round(time.monotonic() - started, 1))
+        disk.write_text(seconds, json.dumps(round(time.monotonic() - started, 1)) + "\n")
     started = time.monotonic()
     made = pretrain.run(workspace, recipe, str(frames), f"{name}-{recipe.name}")
     return Prior(made["bundle"], num_frames, _read(seconds), round(time.monotonic() - started, 1))
