@@ -23,6 +23,7 @@ from jobs.watch import watched
 from jobs.workspace import JOB_VARIABLE, Workspace
 from pipeline import secrets
 from pipeline.errors import UserError
+from pipeline.machine import ray_cpus
 
 _OBJECT_STORE_BYTES = 1 << 30
 _SMALLEST_OBJECT_STORE_BYTES = 80 << 20  # Ray refuses less than 75 MiB
@@ -111,7 +112,7 @@ def _start_local() -> None:
         with on_loopback():
             ray.init(
                 address="local",
-                num_cpus=os.cpu_count(),
+                num_cpus=ray_cpus(),
                 object_store_memory=memory,
                 include_dashboard=False,
                 log_to_driver=False,
@@ -183,7 +184,7 @@ def _first_line(error: Exception) -> str:
 def _require_local(needs: dict[str, float], what: str, wait_s: float | None) -> None:
     if wait_s is not None:
         raise UserError(f"--wait {wait_s:g} waits for a cluster's nodes; give --ray-address, or leave it out")
-    cpus = os.cpu_count() or 1
+    cpus = ray_cpus()
     if needs.get("CPU", 0) > cpus:
         raise UserError(
             f"{what} need {needs['CPU']:g} CPUs, this machine has {cpus}; ask for fewer or give --ray-address"

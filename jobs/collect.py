@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from pipeline.atari import preprocess_for
 from pipeline.collect import Collected, collect, require_room
 from pipeline.errors import UserError
 from pipeline.gauges import Gauges
+from pipeline.machine import cores
 from pipeline.policies import RANDOM_POLICIES, BehaviourFactory, random_policy
 from pipeline.protocols import RESOLUTIONS
 from pipeline.schema import Preprocess
@@ -90,7 +90,7 @@ def _workers(num_workers: int | None) -> str:
 
 
 def _default_workers(workspace: Workspace) -> int:
-    return os.cpu_count() or 1 if workspace.ray_address is None else room.free_cpus()
+    return cores() if workspace.ray_address is None else room.free_cpus()
 
 
 def _size(resolution: str) -> tuple[int, int]:

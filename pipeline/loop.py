@@ -6,7 +6,6 @@ puts figures into a mailbox that the driver empties.
 
 from __future__ import annotations
 
-import os
 import platform
 import tempfile
 import time
@@ -28,6 +27,7 @@ from pipeline.artifact import LatentStats
 from pipeline.board import Board
 from pipeline.checkpoint import Progress, folder_name, load_checkpoint, newest_sound, save_checkpoint
 from pipeline.disk import full_disk_told
+from pipeline.machine import cores
 from pipeline.models.distributions import bits_per_dim
 from pipeline.models.latent import LatentModel, ModelConfig
 from pipeline.order import ReadingOrder
@@ -115,7 +115,7 @@ class _Worker:
             raise not_shared(job.storage, f"the driver's {RECORD_FILE} is not there on {platform.node()}")
         context = ray.train.get_context()
         self._rank, self._num_workers = context.get_world_rank(), context.get_world_size()
-        torch.set_num_threads(self._config.num_threads or _cores() // context.get_local_world_size() or 1)
+        torch.set_num_threads(self._config.num_threads or cores() // context.get_local_world_size() or 1)
         self._device = ray.train.torch.get_device() if self._config.num_gpus_per_worker else CPU
         self._dtype = resolve_precision(self._config.precision, self._device.type)
         self._order = self._plan("train", self._config.batch_size, self._config.frames_per_epoch)
@@ -312,7 +312,3 @@ def _gathered(value: int, num_workers: int, device: torch.device) -> tuple[int, 
     values = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(num_workers)]
     dist.all_gather(values, torch.tensor(value, device=device))
     return tuple(int(item) for item in values)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

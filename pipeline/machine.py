@@ -1,8 +1,9 @@
-"""How busy this machine is: processor and memory, sampled now and then for a run's system metrics."""
+"""What this machine has and how busy it is: processor and memory, sampled now and then for a run's system metrics."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import resource
 import threading
@@ -42,6 +43,20 @@ class MachineMeter:
             return {}
         busy, total = self._cpu[0] - previous[0], self._cpu[1] - previous[1]
         return {"system/cpu_utilization_percentage": 100.0 * busy / total}
+
+
+def cores() -> int:
+    """Processors that this process may use: those it is bound to, or the control group's share where that is less."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no cgroup version 2, or no limit ("max")
+        quota, period = (_CGROUP / "cpu.max").read_text().split()
+        allowed = min(allowed, math.ceil(int(quota) / int(period)))
+    return allowed
+
+
+def ray_cpus() -> int:
+    """CPUs that a Ray of this machine alone counts: two at least, for a training worker and its data stream."""
+    return max(2, cores())
 
 
 def free_bytes() -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from ray.rllib.env import INPUT_ENV_SINGLE_SPACES
 
 from pipeline import artifact
 from pipeline.errors import UserError
+from pipeline.machine import cores
 from pipeline.schema import Preprocess
 from rllib_ext.connectors import EncodeObservations, StackObservations
 from rllib_ext.learner import LatentDQNLearner
@@ -287,7 +287,7 @@ class LatentDQNConfig(AlgorithmConfig):
         """Threads of torch in each learner."""
         if self.settings.learner_threads or self.mode == FROZEN:
             return self.settings.learner_threads or 1
-        return max(1, min(_MOST_LEARNER_THREADS, (os.cpu_count() or 1) // max(1, self.num_learners)))
+        return max(1, min(_MOST_LEARNER_THREADS, cores() // max(1, self.num_learners)))
 
     def _refuse_unsupported(self) -> None:
         if self.is_multi_agent:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import Protocol
 
 import ray
 import torch
 
 from pipeline.errors import UserError
-from pipeline.machine import free_bytes
+from pipeline.machine import free_bytes, ray_cpus
 from pipeline.precision import resolve_precision
 from rllib_ext.replay_spec import ReplaySpec, required_bytes
 from rllib_ext.settings import DQNSettings, ElboSettings
@@ -80,7 +79,7 @@ def check_cluster(config: Asked) -> None:
     gpus, each = _there("GPU", torch.cuda.device_count()), config.num_gpus_per_learner
     if config.gpus_needed > gpus:
         raise UserError(f"num_gpus_per_learner is {each:g}, for {config.num_learners} learners there are {gpus:g} GPUs")
-    asked, there = config.cpus_needed, _there("CPU", os.cpu_count() or 1)
+    asked, there = config.cpus_needed, _there("CPU", ray_cpus())
     if asked > there:
         raise UserError(
             f"num_env_runners is {config.num_env_runners} and num_learners is {config.num_learners}, which take "

@@ -27,6 +27,7 @@ from pipeline import artifact, bundle, crew
 from pipeline.artifact import LatentStats, save_encoder
 from pipeline.atari import preprocess_for
 from pipeline.errors import TrackingPending
+from pipeline.machine import ray_cpus
 from pipeline.models.vae import VAE, VAESettings
 from pipeline.schema import EPISODES_FILE, MANIFEST_FILE
 from pipeline.store import FramesDataset
@@ -309,7 +310,7 @@ def test_servers_that_do_not_answer(
 
 
 def test_more_workers_than_cpus(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    cpus = os.cpu_count() or 1
+    cpus = ray_cpus()
     assert f"need {cpus + 1} CPUs, this machine has {cpus}" in refused(capfd, *COLLECT, "--num-workers", cpus + 1)
     encoder = toy_encoder(tmp_path / "enc")
     arguments = ("train", "--game", "pong", "--encoder", encoder, "--num-env-runners", cpus + 1)

@@ -319,7 +319,7 @@ def test_a_checked_configuration_stands_another_check(tmp_path):
 def test_a_learner_takes_the_cores_only_where_it_trains_an_encoder(tmp_path, monkeypatch):
     encoder = make_encoder(tmp_path / "encoder")
     for cores, finetune, of_two in ((1, 1, 1), (2, 2, 1), (6, 4, 3), (64, 4, 4)):
-        monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
+        monkeypatch.setattr("rllib_ext.config.cores", lambda cores=cores: cores)
         assert toy_config("frozen", encoder).learner_threads == 1
         assert toy_config("finetune", encoder).learner_threads == finetune
         assert toy_config("finetune", encoder).learners(num_learners=2).learner_threads == of_two

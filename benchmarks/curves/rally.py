@@ -23,8 +23,8 @@ BALLS = 10
 ACTIONS = ("LEFT", "NOOP", "RIGHT")
 
 
-def rally_preprocess() -> Preprocess:
-    """What identifies its frames."""
+def rally_preprocess(cell_pixels: int = CELL_PIXELS) -> Preprocess:
+    """What identifies its frames; a cell is a square of so many pixels."""
     return Preprocess(
         game="rally",
         protocol="own",
@@ -33,8 +33,8 @@ def rally_preprocess() -> Preprocess:
         frame_skip=1,
         sticky_probability=0.0,
         max_pool=False,
-        height=SIZE,
-        width=SIZE,
+        height=CELLS * cell_pixels,
+        width=CELLS * cell_pixels,
         grayscale=True,
         resize="none",
         action_set=ACTIONS,
@@ -44,10 +44,11 @@ def rally_preprocess() -> Preprocess:
 
 
 class VectorRally:
-    """E games behind `pipeline.atari.VectorAtari`: uint8 frames (E, 48, 48), NEXT_STEP autoreset."""
+    """E games behind `pipeline.atari.VectorAtari`: uint8 frames of 8 x 8 cells, NEXT_STEP autoreset."""
 
-    def __init__(self, num_envs: int) -> None:
+    def __init__(self, num_envs: int, cell_pixels: int = CELL_PIXELS) -> None:
         """`reset` before the first step."""
+        self._cell_pixels = cell_pixels
         self.num_envs, self.num_actions, self.action_names = num_envs, len(ACTIONS), ACTIONS
         self._rng = [np.random.default_rng(e) for e in range(num_envs)]
         self._ball = np.zeros((num_envs, 2), np.int64)  # row, column
@@ -104,7 +105,7 @@ class VectorRally:
         grid, every = np.zeros((self.num_envs, CELLS, CELLS), np.uint8), np.arange(self.num_envs)
         grid[every, self._ball[:, 0], self._ball[:, 1]] = 255
         grid[every[:, None], CELLS - 1, self._paddle[:, None] + np.arange(PADDLE)] = 160
-        frames = grid.repeat(CELL_PIXELS, 1).repeat(CELL_PIXELS, 2)
+        frames = grid.repeat(self._cell_pixels, 1).repeat(self._cell_pixels, 2)
         return Step(
             frames, rewards, self._over.copy(), np.zeros(self.num_envs, bool), np.zeros(self.num_envs, np.int32)
         )
@@ -112,7 +113,7 @@ class VectorRally:
 
 def rally_factory(preprocess: Preprocess, num_envs: int, num_threads: int) -> VectorRally:
     """For `LatentDQNConfig.latent(env_factory=...)`."""
-    return VectorRally(num_envs)
+    return VectorRally(num_envs, preprocess.height // CELLS)
 
 
 class GymRally(gym.Env[np.ndarray, int]):

@@ -13,7 +13,7 @@ from typing import Any
 
 from curves import arms as curves
 
-from experiment.worlds import CARTPOLE, World, world
+from experiment.worlds import CARTPOLE, RALLY, World, world
 from jobs.recipes import PretrainRecipe, TrainRecipe, pretrain_recipe, train_recipe
 from pipeline.models.pca import PCASettings
 from rllib_ext.settings import replace_known
@@ -117,10 +117,12 @@ _CARTPOLE = {
     "updates_per_agent_step": 1.0,
     "target_update_updates": 1_000,
 }
+_RALLY = {"warmup_agent_steps": 1_000, "epsilon_decay_agent_steps": 5_000, "updates_per_agent_step": 1.0}
 # The recipe `demo` with DQN's updates. Found on the arm `vae-frozen` with seed 10 (docs/results/atari.md).
 _COMPARED = {"recipe": "demo", "train": {"updates_per_agent_step": 0.25, "lr": 3e-4}}
 GAMES = {
-    CARTPOLE: Game((*COMPARED, *STEADINESS), 20_000, 5, 2, 20_000, num_workers=0, train=_CARTPOLE),
+    CARTPOLE: Game(COMPARED, 20_000, 5, 2, 20_000, num_workers=0, train=_CARTPOLE),
+    RALLY: Game(("vae-frozen", "vae-online", *STEADINESS), 10_000, 3, 0, 20_000, num_workers=0, train=_RALLY),
     "pong": Game((*COMPARED, "tuned"), goal=-15.0, **_COMPARED),
     "breakout": Game((*COMPARED, "tuned"), goal=5.0, **_COMPARED),
     "freeway": Game((*FROZEN, "tuned"), **_COMPARED),

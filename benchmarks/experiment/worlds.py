@@ -1,4 +1,4 @@
-"""Games that are not played by `latentrl`'s commands: CartPole in pixels, and the oracles' RAM and states.
+"""Games that are not played by `latentrl`'s commands: CartPole in pixels, Rally, and the oracles' RAM and states.
 
 Shapes: N frames, H x W pixels.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
+from curves.rally import rally_factory, rally_preprocess
 
 from experiment import cartpole, oracle
 from pipeline.collect import lane_seeds
@@ -20,6 +21,8 @@ from pipeline.store import assign_splits, episode_hash, write_manifest
 from rllib_ext.runner import EnvFactory
 
 CARTPOLE = "cartpole"
+RALLY = "rally"
+RALLY_CELL_PIXELS = 3
 PRIOR_ENVS = 8
 
 
@@ -44,6 +47,8 @@ def world(game: str, *, is_oracle: bool) -> World | None:
         if is_oracle:
             return World(cartpole.state_preprocess(), cartpole.state_factory, cartpole.anywhere_state_factory)
         return World(cartpole.cartpole_preprocess(), cartpole.cartpole_factory, cartpole.anywhere_factory)
+    if game == RALLY:
+        return World(rally_preprocess(RALLY_CELL_PIXELS), rally_factory, rally_factory)
     if is_oracle:
         return World(oracle.ram_preprocess(game), oracle.ram_factory, oracle.ram_factory)
     return None
