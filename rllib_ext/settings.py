@@ -194,7 +194,7 @@ class DQNSettings:
         life_loss_ends_bootstrap: Whether no value is carried over the loss of a life (the game goes on).
         grad_clip: Greatest norm of a gradient, per optimizer; 0 leaves them alone.
         precision: "float32", or "bf16": forward passes of the update under autocast, but for the last layer, whose
-            values stay float32. "auto" is bf16 where the processor computes in it, else float32.
+            values stay float32. "auto" is bf16 where the processor gains by it, else float32.
         runner_threads: Threads of a remote runner, for its environments and for torch.
         learner_threads: Threads of torch in each learner; 0: one where it reads latents, its share of the cores, up to
             four, where it trains an encoder.

@@ -216,6 +216,22 @@ def test_bf16_is_used_where_the_processor_has_it_and_refused_where_not(tmp_path,
             make_learner(tmp_path, "frozen", precision="bf16")
 
 
+@pytest.mark.parametrize(
+    ("processor", "gains"),
+    [
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}, False),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, True),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, True),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": False}, False),
+    ],
+)
+def test_auto_takes_bf16_where_it_is_the_faster_one(monkeypatch, processor, gains):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor)
+    assert resolve_precision("auto") is (torch.bfloat16 if gains else None)
+    if processor["avx512_bf16"]:
+        assert resolve_precision("bf16") is torch.bfloat16
+
+
 @pytest.mark.parametrize("q", [QConfig((32,), dueling=True), C51])
 def test_under_bf16_every_layer_learns_and_parameters_and_errors_stay_float32(tmp_path, monkeypatch, q):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
