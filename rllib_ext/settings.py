@@ -132,7 +132,7 @@ class ElboSettings:
         if mode == ONLINE:
             unread = {"in_finetune"}
         elif mode == FINETUNE and self.in_finetune:
-            unread = {"target_tau", "q_reads", "refresh_rows_per_update"}
+            unread = {"target_tau", "q_reads", "refresh_rows_per_update", "scratch_updates", "scratch_lr"}
         else:
             advice += f", take mode {ONLINE}, or elbo.in_finetune=true in mode {FINETUNE}"
         for name in changed_names(self):

@@ -313,6 +313,24 @@ def test_at_equal_minutes_a_slow_arm_is_taken_where_it_was() -> None:
     assert views["with collection and pretraining"]["frozen_minus_pixels"] < 0.5
 
 
+def test_at_equal_minutes_stand_only_runs_that_can_be_taken_at_them() -> None:
+    """With the time of a prior, those that go on; and none whose frozen run is missing."""
+    runs = made_up(4, 0.0)
+    shared = "pong breakout"
+    views = summary.figures(runs)["beside"]["at_equal_minutes"]
+    assert set(views["learning alone"]["iqm"][shared]) == set(COMPARED)
+    assert set(views["with collection and pretraining"]["iqm"][shared]) == set(CLOCKED)
+    assert not any(key.endswith("pca") for key in views["with collection and pretraining"])
+    for game in ("pong", "breakout"):
+        del runs["vae-frozen"][game]
+    views = summary.figures(runs)["beside"]["at_equal_minutes"]
+    assert all(view["iqm"][shared] == {} for view in views.values())
+
+
+def test_a_game_counts_at_the_second_at_which_it_was_kept() -> None:
+    assert measures.at_second([[1, 0.0, 50.0], [2, 8.0, 101.4]], 101.39) == 4.0
+
+
 def test_the_middle_of_scores_is_their_mean_where_they_are_one_and_lies_in_its_interval() -> None:
     assert measures.interquartile_mean(np.full((3, 4), 0.7))["iqm"] == 0.7
     rng = np.random.default_rng(0)

@@ -162,7 +162,7 @@ def test_a_resumed_run_has_those_of_an_uninterrupted_one(whole, place, monkeypat
 
 def test_finetune_keeps_them_with_the_bound_only_and_frozen_none(place, tmp_path):
     encoder = str(make_encoder(tmp_path / "encoder", preprocess_for("pong"), TINY, standardise=False))
-    with_bound = replace(TURNS, elbo=replace(ELBO, in_finetune=True))
+    with_bound = replace(TURNS, elbo=replace(ELBO, in_finetune=True, scratch_updates=ElboSettings.scratch_updates))
     assert list(listed(run(place, encoder, mode="finetune", recipe=with_bound, agent_steps=128))) == [96, 128]
     frozen = run(place, encoder, mode="frozen", recipe=replace(TURNS, elbo=ElboSettings()), agent_steps=128)
     assert not listed(frozen)

@@ -39,6 +39,7 @@ def online(encoder, elbo: ElboSettings = ELBO, **training):
         ("pixels", False, {"batch_size": 32}),
         ("finetune", True, {"in_finetune": True, "q_reads": "exact"}),
         ("online", False, {"in_finetune": True}),
+        ("finetune", True, {"in_finetune": True, "scratch_lr": 1e-2}),
     ],
 )
 def test_settings_that_decide_nothing_are_refused(encoder, mode, has_encoder, changes):
@@ -162,7 +163,11 @@ def test_learners_that_share_a_batch_stay_the_same(build, encoder):
 
 
 def test_finetune_trains_one_encoder_by_both(build, encoder):
-    algorithm = build(toy_config("finetune", encoder).latent(elbo=replace(ELBO, in_finetune=True)))
+    algorithm = build(
+        toy_config("finetune", encoder).latent(
+            elbo=replace(ELBO, in_finetune=True, scratch_updates=ElboSettings.scratch_updates)
+        )
+    )
     figures = train(algorithm, 300)
     assert figures["elbo_updates"] > 0
     of_q = {k: v for k, v in algorithm.network_state().items() if k.startswith("encoder.net.")}

@@ -116,8 +116,14 @@ _CARTPOLE = {
     "batch_size": 128,
     "updates_per_agent_step": 1.0,
     "target_update_updates": 1_000,
+    "precision": "float32",
 }
-_RALLY = {"warmup_agent_steps": 1_000, "epsilon_decay_agent_steps": 5_000, "updates_per_agent_step": 1.0}
+_RALLY = {
+    "warmup_agent_steps": 1_000,
+    "epsilon_decay_agent_steps": 5_000,
+    "updates_per_agent_step": 1.0,
+    "precision": "float32",
+}
 # The recipe `demo` with DQN's updates, found on the arm `vae-frozen` with seed 10 (docs/results/atari.md); float32 is
 # the faster precision where these are run, for pixels too.
 _COMPARED = {"recipe": "demo", "train": {"updates_per_agent_step": 0.25, "lr": 3e-4, "precision": "float32"}}

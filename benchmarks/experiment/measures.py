@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 WINDOW = 10  # training games
+ROUNDING_S = 0.05  # of the kept seconds of a game
 RESAMPLES = 2_000
 SEED = 0
 
@@ -40,7 +41,7 @@ def at_step(games: Sequence[Sequence[float]], agent_steps: float) -> float:
 
 def at_second(games: Sequence[Sequence[float]], seconds: float) -> float:
     """The same after so many seconds of training. A run that ended before then counts as it ended."""
-    return _last(games, 2, seconds)
+    return _last(games, 2, seconds + ROUNDING_S)
 
 
 def _last(games: Sequence[Sequence[float]], column: int, until: float) -> float:

@@ -25,6 +25,7 @@ from jobs import collect, pretrain
 from jobs.workspace import Workspace
 from pipeline import disk
 from pipeline.errors import reading
+from pipeline.machine import cores
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def prior_of(cell: Cell, home: Path) -> Prior | None:
         return None
     data = f"{cell.game}-{cell.settings['encoder']}-{cell.settings['prior_frames']}-{cell.seed}"
     digest = hashlib.sha256(json.dumps(plain(cell.encoder), sort_keys=True).encode()).hexdigest()[:8]
-    record = home / "prior" / f"{data}-{digest}.json"
+    record = home / "prior" / f"{data}-{digest}-{cores()}-cores.json"  # its minutes are of so many
     record.parent.mkdir(parents=True, exist_ok=True)
     with _alone(home / "prior" / f"{cell.game}-{cell.seed}.lock"):
         if not record.is_file():

@@ -16,7 +16,7 @@ from claims.cells import t_interval
 from curves.keep import Kept
 
 from experiment import measures
-from experiment.arms import ARMS, COMPARED, FROZEN, GAMES, Cell, cells
+from experiment.arms import ARMS, CLOCKED, COMPARED, FROZEN, GAMES, Cell, cells
 from experiment.worlds import CARTPOLE, RALLY
 from pipeline.errors import UserError
 from pipeline.scores import human_normalised
@@ -173,7 +173,9 @@ def clocked(runs: Runs) -> dict[str, Any]:
     return {**means, "is_lower_bound": any(row["pixels_s"] is None for row in rows), "runs": rows}
 
 
-def aggregated(runs: Runs, score: Callable[[str, dict[str, Any]], float]) -> dict[str, Any]:
+def aggregated(
+    runs: Runs, score: Callable[[str, dict[str, Any]], float], arms: Sequence[str] = COMPARED
+) -> dict[str, Any]:
     """By set of games and arm: interquartile mean over games and seeds, its 95% interval by stratified bootstrap.
 
     Arms are in a set with the seeds that they have run all its games with.
@@ -184,7 +186,7 @@ def aggregated(runs: Runs, score: Callable[[str, dict[str, Any]], float]) -> dic
     return {
         name: {
             arm: measures.interquartile_mean(matrix)
-            for arm in COMPARED
+            for arm in arms
             if (matrix := _matrix(runs, arm, games, score)) is not None
         }
         for name, games in sets.items()
@@ -194,10 +196,11 @@ def aggregated(runs: Runs, score: Callable[[str, dict[str, Any]], float]) -> dic
 def at_equal_minutes(runs: Runs) -> dict[str, Any]:
     """The same figures at the time at which the frozen VAE has taken its agent steps, by game and seed.
 
-    Scores are then means of the last 10 training games, the frozen VAE's too. With `prior`, arms without a pretrained
-    encoder have the seconds of its making as well.
+    Scores are then means of the last 10 training games, the frozen VAE's too. With collection and pretraining, others
+    have the seconds of its making as well; only arms that go on beyond their agent steps can use them, and no other
+    arm is compared there.
     """
-    found = {}
+    found: dict[str, Any] = {}
     for name, has_prior in (("learning alone", False), ("with collection and pretraining", True)):
 
         def score(game: str, run: dict[str, Any], *, _has_prior: bool = has_prior) -> float:
@@ -208,10 +211,13 @@ def at_equal_minutes(runs: Runs) -> dict[str, Any]:
             "frozen_minus_pixels": _mean(pairs),
             "frozen_minus_pixels_low": _low(pairs),
             "improve_over_pixels": _improvement(runs, "pixels", ATARI, score),
-            "improve_over_random_encoder": _improvement(runs, "random-encoder", ATARI, score),
-            "improve_over_pca": _improvement(runs, "pca", ATARI, score),
-            "iqm": aggregated(runs, score),
+            "iqm": aggregated(runs, score, CLOCKED if has_prior else COMPARED),
         }
+        if not has_prior:
+            found[name] |= {
+                f"improve_over_{arm.replace('-', '_')}": _improvement(runs, arm, ATARI, score)
+                for arm in ("random-encoder", "pca")
+            }
     return found
 
 
@@ -219,7 +225,7 @@ def _at_the_same_time(runs: Runs, game: str, run: dict[str, Any], *, has_prior: 
     seed = next(s for arm in runs.values() for s, other in arm.get(game, {}).items() if other is run)
     leader = _runs(runs, FRESH, game).get(seed)
     if leader is None:
-        return measures.at_step(run["games"], math.inf)
+        return math.nan
     seconds = leader["seconds"]
     if has_prior:
         seconds += sum(leader["prior"][key] for key in ("collect_s", "pretrain_s"))

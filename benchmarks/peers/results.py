@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -15,6 +14,7 @@ import psutil
 
 from peers.rows import Row
 from peers.running import ROOT, versions
+from pipeline.machine import cores
 
 # Key: row above, row below.
 RATIOS = {
@@ -115,7 +115,7 @@ def machine() -> dict[str, Any]:
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return {
         "processor": _processor(),
-        "cores": os.cpu_count(),
+        "cores": cores(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
         "system": platform.platform(),
         "commit": commit.stdout.strip() or None,
