@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -33,6 +32,7 @@ from peers.scaling import NUM_ENVS, STEP_S, UPDATES_PER_AGENT_STEP, simulated_co
 from jobs.recipes import PRETRAIN_RECIPES
 from pipeline import artifact
 from pipeline.atari import preprocess_for
+from pipeline.machine import cores
 from rllib_ext.algorithm import LatentDQN
 from rllib_ext.config import LatentDQNConfig
 
@@ -177,14 +177,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             measured[name] = parts(config)
             print(f"{name}: {driver_rate(measured[name]):,.0f} agent steps/s a driver", file=sys.stderr, flush=True)
     settle_s = 0.0 if options.short else 3.0
-    bench, cores, runs = Bench(options.results, is_fresh=options.fresh), os.cpu_count() or 1, {}
+    bench, num_cores, runs = Bench(options.results, is_fresh=options.fresh), cores(), {}
     for name, (num_workers, changes) in RUNS.items():
         if options.short and num_workers > SHORT_WORKERS:
             continue
         part, sleep_s = (measured["tireless"], 0.0) if changes else (measured["sleeping"], STEP_S / NUM_ENVS)
         ratio = changes.get("updates_per_agent_step", UPDATES_PER_AGENT_STEP)
         found = bench.figures(Cell("scaling", {"num_workers": num_workers, **changes}, options.seconds, settle_s, 0))
-        rate = predicted(part, num_workers, sleep_s, ratio, cores)
+        rate = predicted(part, num_workers, sleep_s, ratio, num_cores)
         runs[name] = {"predicted": rate, "measured": found["agent_steps_per_s"], "cpu_s": found["cpu_s_per_agent_step"]}
         print(f"{name}: {runs[name]['measured']:,.0f}/s, predicted {rate:,.0f}/s", file=sys.stderr, flush=True)
     return {

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import tempfile
@@ -21,6 +20,7 @@ import ray
 
 from pipeline.atari import make_vector, preprocess_for
 from pipeline.collect import collect
+from pipeline.machine import cores
 from pipeline.policies import random_policy
 
 BARE_ENVS = 16
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--games", nargs="+", default=["pong", "breakout", "seaquest", "ms_pacman"])
     parser.add_argument("--frames", type=int, default=20_000)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     ray.init("local", num_cpus=options.threads, include_dashboard=False, log_to_driver=False)

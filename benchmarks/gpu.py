@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -38,6 +37,7 @@ from jobs.recipes import PRETRAIN_RECIPES
 from pipeline import models
 from pipeline.atari import preprocess_for
 from pipeline.collect import collect
+from pipeline.machine import cores
 from pipeline.models.vae import VAE
 from pipeline.policies import random_policy
 from pipeline.precision import autocast
@@ -305,7 +305,7 @@ def main() -> None:
     found = json.loads(options.out.read_text()) if options.out.exists() else {}
     properties = torch.cuda.get_device_properties(0)
     found["gpu"] = {"name": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1)}
-    found |= {"machine": results.machine(), "cpus": os.cpu_count(), "versions": versions()}
+    found |= {"machine": results.machine(), "cpus": cores(), "versions": versions()}
 
     def keep(part: str, measured: dict[str, Any]) -> None:
         found[part] = measured

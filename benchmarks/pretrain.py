@@ -34,6 +34,7 @@ from pipeline import models
 from pipeline.atari import preprocess_for
 from pipeline.collect import collect
 from pipeline.loop import learning_rate
+from pipeline.machine import cores, ray_cpus
 from pipeline.order import ReadingOrder
 from pipeline.policies import random_policy
 from pipeline.store import FramesDataset
@@ -122,7 +123,7 @@ def streamed_run(
 
 def measure(uri: str, recipe: PretrainRecipe, updates: int) -> dict[str, Any]:
     """Alternates bare and streamed training and summarises."""
-    threads, dataset, batch = len(os.sched_getaffinity(0)), FramesDataset.open(uri), recipe.train.batch_size
+    threads, dataset, batch = cores(), FramesDataset.open(uri), recipe.train.batch_size
     bare = Bare(uri, recipe, threads)
     step, turns, stopped_s = 0, list[float](), 0.0
 
@@ -171,7 +172,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.updates <= 2 * UPDATES_AFTER_TURNS:
         parser.error(f"--updates is {options.updates}; ask for more than {2 * UPDATES_AFTER_TURNS}")
-    cpus = max(2, os.cpu_count() or 2)
+    cpus = ray_cpus()
     ray.init("local", num_cpus=cpus, object_store_memory=1 << 30, include_dashboard=False, log_to_driver=False)
     with tempfile.TemporaryDirectory() as folder:
         uri = options.data or _collected(folder)

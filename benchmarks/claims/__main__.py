@@ -18,6 +18,7 @@ from atariari.keeping import exit_code
 
 from claims import bits, bounds, factors, montezuma, page, worlds
 from claims.cells import Cell, Kept, Scope
+from pipeline.machine import cores
 
 CLAIMS = {
     "bounds": bounds.CLAIM,
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         for _, cell in chosen:
             print(f"{cell.claim:10} {cell.arm:14} {cell.seed}  {'kept' if kept.find(cell) else 'to measure'}")
         return 0
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", cores())))
     for claim, cell in chosen:
         kept.measure(cell, claim.measure)
     told = page.verdict({name: CLAIMS[name] for name in options.claim}, kept, scope)

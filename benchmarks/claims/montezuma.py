@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from jobs.workspace import Workspace
 from pipeline.artifact import load_encoder
 from pipeline.atari import preprocess_for
 from pipeline.collect import collect
+from pipeline.machine import cores
 from pipeline.store import FramesDataset
 from pipeline.train import resources_needed
 
@@ -75,7 +75,7 @@ def _play(home: Path, plan: Plan, num_frames: int, seed: int) -> FramesDataset:
         played_by={"policy": "scripts of benchmarks/claims"},
         seed=seed,
         with_ram=True,
-        num_workers=os.cpu_count() or 1,
+        num_workers=cores(),
     )
     return collected.dataset
 

@@ -84,7 +84,7 @@ ARMS = {
     "vae-finetuned": Arm("the same VAE's encoder, finetuned by the TD error", "finetune", "vae"),
     "vae-online-scratch": Arm("VAE learned online on the replay, from nothing", "online", None),
     "vae-online": Arm("the same VAE, learned on online", "online", "vae"),
-    "ram": Arm("oracle: the emulator's 128 bytes of RAM", "frozen", ORACLE),
+    "ram": Arm("oracle: 128 bytes of RAM, of CartPole its state's four", "frozen", ORACLE),
     "tuned": Arm(
         "frozen: the same VAE with the recipe `efficient`",
         *("frozen", "vae", "efficient"),

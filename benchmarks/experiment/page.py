@@ -12,7 +12,6 @@ from curves.page import plot
 from experiment.arms import ARMS, COMPARED, GAMES
 from experiment.measures import WINDOW
 from experiment.summary import Runs, figures
-from experiment.worlds import CARTPOLE
 from pipeline.scores import RANDOM_AND_HUMAN
 
 
@@ -90,17 +89,13 @@ def _game(game: str, cells: list[dict[str, Any]]) -> str:
         rows = [cell for cell in here if cell["arm"] == arm]
         scores = [row["score"] for row in rows]
         human = [row["human_normalised"] for row in rows if row["human_normalised"] is not None]
-        parts = [f"`{arm}`", _what(arm, game), f"{np.mean(scores):.1f}", ", ".join(f"{score:.1f}" for score in scores)]
+        parts = [f"`{arm}`", ARMS[arm].what, f"{np.mean(scores):.1f}", ", ".join(f"{score:.1f}" for score in scores)]
         parts += [f"{np.mean(human):.3f}" if human else ""]
         parts += [
             f"{np.mean([row[f'{part}minutes'] for row in rows]):.1f}" for part in ("", "pretraining_", "collection_")
         ]
         lines.append(f"| {' | '.join(parts)} |")
     return "\n".join([*lines, "", f"![curves of {game}](atari-{game}.png)"])
-
-
-def _what(arm: str, game: str) -> str:
-    return "oracle: the state's four numbers as bytes" if (arm, game) == ("ram", CARTPOLE) else ARMS[arm].what
 
 
 def _iqm(found: dict[str, Any]) -> str:

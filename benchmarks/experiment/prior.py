@@ -57,9 +57,10 @@ def prior_of(cell: Cell, home: Path) -> Prior | None:
     """
     if cell.settings["encoder"] is None:
         return None
+    home = home / f"{cores()}-cores"  # seconds are of so many
     data = f"{cell.game}-{cell.settings['encoder']}-{cell.settings['prior_frames']}-{cell.seed}"
     digest = hashlib.sha256(json.dumps(plain(cell.encoder), sort_keys=True).encode()).hexdigest()[:8]
-    record = home / "prior" / f"{data}-{digest}-{cores()}-cores.json"  # its minutes are of so many
+    record = home / "prior" / f"{data}-{digest}.json"
     record.parent.mkdir(parents=True, exist_ok=True)
     with _alone(home / "prior" / f"{cell.game}-{cell.seed}.lock"):
         if not record.is_file():

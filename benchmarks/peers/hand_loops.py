@@ -8,7 +8,6 @@ Shapes: T rows of the ring, E environments, K stacked observations, B batch.
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -19,6 +18,7 @@ from jobs.recipes import PRETRAIN_RECIPES, train_recipe
 from peers.measuring import Counts
 from pipeline import artifact
 from pipeline.atari import make_vector, preprocess_for
+from pipeline.machine import cores
 from rllib_ext.networks import QHead, QNetwork
 from rllib_ext.settings import DQNSettings
 
@@ -60,7 +60,7 @@ class Ring:
 
 def hand(mode: str, warmup: int, num_envs: int = 32) -> Iterator[Counts]:
     """Double Q-learning for ever; `mode` "latents" (frozen encoder) or "pixels" (encoder inside)."""
-    recipe, preprocess, threads = train_recipe("dqn"), preprocess_for("pong"), os.cpu_count() or 1
+    recipe, preprocess, threads = train_recipe("dqn"), preprocess_for("pong"), cores()
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     settings = recipe.train

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import statistics
 import subprocess
@@ -12,6 +11,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import psutil
+
+from pipeline.machine import ray_cpus
 
 MEGABYTE = 1_000_000
 OBJECT_STORE_BYTES = 1 << 30
@@ -117,7 +118,7 @@ def ray_here(num_cpus: int | None = None) -> Iterator[None]:
 
     ray.init(
         address="local",
-        num_cpus=num_cpus or max(2, os.cpu_count() or 1),
+        num_cpus=num_cpus or ray_cpus(),
         object_store_memory=OBJECT_STORE_BYTES,
         include_dashboard=False,
         log_to_driver=False,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peers import measuring
+from pipeline.machine import cores
 
 AS_RLLIB = {
     "train": {"double": True, "n_step": 1, "priority_alpha": 0.6, "priority_beta": 0.4, "precision": "float32"},
@@ -107,7 +107,7 @@ def _ours(mode: str, what: str, warmup: int, features: dict[str, Any] | None = N
             "train": {**train, "learner_threads": threads},
             "q": features["q"],
         }
-        for threads in (os.cpu_count() or 1, 1)
+        for threads in (cores(), 1)
     }
     return Row("latentrl", what, variants)
 
