@@ -20,23 +20,33 @@ import psutil
 
 LOOPBACK = "127.0.0.1"
 START_WITHIN_S = 120.0
+GIVEN_PORTS: set[int] = set()
 
 
 def free_ports(count: int) -> list[int]:
-    """Different loopback ports that nobody listens on.
+    """Loopback ports that nobody listens on and that no earlier call has given, as nobody may listen on those yet.
 
-    Below those that the system hands to outgoing connections, one of which would else take the port of a service that
-    is down for a moment.
+    A worker one of whose ports is also its head's cannot join (Ray says that the node timed out during startup).
+    All lie below those that the system hands to outgoing connections, one of which would else take the port of a
+    service that is down for a moment.
     """
     first_handed_out = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     found: list[int] = []
-    with contextlib.ExitStack() as held:
-        while len(found) < count:
-            port = random.randrange(first_handed_out // 2, first_handed_out)
-            with contextlib.suppress(OSError):
-                held.enter_context(socket.create_server((LOOPBACK, port)))
-                found.append(port)
+    while len(found) < count:
+        port = random.randrange(first_handed_out // 2, first_handed_out)
+        if port not in GIVEN_PORTS and is_free(port):
+            GIVEN_PORTS.add(port)
+            found.append(port)
     return found
+
+
+def is_free(port: int) -> bool:
+    """Whether nobody listens on a loopback port."""
+    try:
+        socket.create_server((LOOPBACK, port)).close()
+    except OSError:
+        return False
+    return True
 
 
 def answers(url: str, within_s: float = 2.0) -> bool:
