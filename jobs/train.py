@@ -122,7 +122,7 @@ def run(
         )
     if earlier.result is not None:
         return earlier.result
-    plan.note_if_only_warming_up()
+    plan.note_if_learning_nothing()
     tracking = Tracking(workspace.tracking_uri, pipeline=workspace.pipeline)
     tracking.check()
     logging.getLogger("ray.rllib").setLevel(logging.ERROR)

@@ -63,8 +63,15 @@ class Training:
         if self.num_learners < 0:
             raise UserError(f"--num-learners is {self.num_learners}; give 0 (in this process) or more")
 
-    def note_if_only_warming_up(self) -> None:
-        """Says on stderr that nothing will be learned, which may be meant: it is the shortest trial of all else."""
+    def note_if_learning_nothing(self) -> None:
+        """Says on stderr where nothing will be learned, which may be meant: it is the shortest trial of all else."""
+        decay = self.train.lr_decay_agent_steps
+        if 0 < decay < self.agent_steps:
+            print(
+                f"note: --agent-steps {self.agent_steps} goes beyond {decay} (train.lr_decay_agent_steps), from which "
+                "on all rates are 0 and nothing is learned; raise the latter, or ask for fewer steps",
+                file=sys.stderr,
+            )
         if self.agent_steps <= self.train.warmup_agent_steps:
             print(
                 f"note: --agent-steps {self.agent_steps} does not go beyond the warm-up of "

@@ -89,8 +89,8 @@ class LatentDQNConfig(AlgorithmConfig):
     """
 
     MAY_CHANGE = frozenset(
-        {"lr", "encoder_lr", "adam_epsilon", "grad_clip", "precision", "runner_threads", "learner_threads"}
-        | {"max_lead_fragments", "max_updates_per_step", "checkpoint_agent_steps"}
+        {"lr", "encoder_lr", "lr_decay_agent_steps", "adam_epsilon", "grad_clip", "precision", "runner_threads"}
+        | {"learner_threads", "max_lead_fragments", "max_updates_per_step", "checkpoint_agent_steps"}
     )
 
     def __init__(self, algo_class: Any = None) -> None:

@@ -67,6 +67,7 @@ class LatentDQNLearner(TorchLearner):
         self.settings: DQNSettings = self.config.settings
         torch.set_num_threads(self.config.learner_threads)
         self.config.torch_ddp_kwargs = _DDP
+        self._rates: dict[torch.optim.Optimizer, float] = {}
         super().build()
         self._on_cpu = self.device.type == "cpu"
         self._dtype = resolve_precision(self.settings.precision, self.device.type)
@@ -135,11 +136,21 @@ class LatentDQNLearner(TorchLearner):
 
     def _register_adam(self, module_id: str, name: str, part: nn.Module, lr: float) -> None:
         params = [param for param in part.parameters() if param.requires_grad]
-        is_on_gpu = self.device.type != "cpu"  # whose updates are recorded
-        optimizer = torch.optim.Adam(params, lr=lr, eps=self.settings.adam_epsilon, fused=True, capturable=is_on_gpu)
-        self.register_optimizer(
-            module_id=module_id, optimizer_name=name, optimizer=optimizer, params=params, lr_or_lr_schedule=lr
-        )
+        is_on_gpu = self.device.type != "cpu"  # whose updates are recorded, with the rate where it is a number
+        rate = torch.tensor(lr, device=self.device) if is_on_gpu else lr
+        optimizer = torch.optim.Adam(params, rate, eps=self.settings.adam_epsilon, fused=True, capturable=is_on_gpu)
+        self.register_optimizer(module_id=module_id, optimizer_name=name, optimizer=optimizer, params=params)
+        self._rates[optimizer] = lr
+
+    def _set_rates(self, updates: int) -> None:
+        """Lowers the optimizers' rates to what is left of them after so many updates."""
+        share = self.settings.rate_share(self.settings.consumed_agent_steps(updates))
+        for optimizer, rate in self._rates.items():
+            for group in optimizer.param_groups:
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(rate * share)
+                else:
+                    group["lr"] = rate * share
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Takes over weights and optimizers, whose rates stay those of this run's settings.
@@ -191,7 +202,9 @@ class LatentDQNLearner(TorchLearner):
             if not self._is_target_for_one:
                 part[QF_TARGET_NEXT_OUTPUTS] = self._target_outputs(part["next_obs"])
             update = self._update_once if self._on_cpu or self.distributed else self._graphed
-            steps += [update({name: x[i] for name, x in part.items()}) for i in range(last - first)]
+            for i in range(last - first):
+                self._set_rates(updates_before + first + i)
+                steps.append(update({name: x[i] for name, x in part.items()}))
             self._move_target(updates_before + last)
         compat.count_call(self)
         td_losses, errors, outputs, grad_norms = zip(*steps, strict=True)

@@ -162,6 +162,8 @@ class DQNSettings:
     Attributes:
         lr: Adam's rate for the Q network, and for an encoder that starts from scratch.
         encoder_lr: Adam's rate for a pretrained encoder that is finetuned.
+        lr_decay_agent_steps: Agent steps over which all rates, the bound's too, fall linearly to 0, so that the last
+            policies differ little from each other; nothing is learned after them. 0: rates stay.
         adam_epsilon: Adam's epsilon, for both.
         batch_size: Transitions per update.
         gamma: Discount per agent step.
@@ -202,6 +204,7 @@ class DQNSettings:
 
     lr: float = 1e-4
     encoder_lr: float = 1e-5
+    lr_decay_agent_steps: int = 0
     adam_epsilon: float = 1.5e-4
     batch_size: int = 32
     gamma: float = 0.99
@@ -257,6 +260,12 @@ class DQNSettings:
             return 1.0
         power = 1.0 + 7.0 * environment / max(1, num_environments - 1)
         return float(0.4**power)
+
+    def rate_share(self, agent_steps: float) -> float:
+        """Share of the rates that is left after so many agent steps."""
+        if not self.lr_decay_agent_steps:
+            return 1.0
+        return max(0.0, 1.0 - agent_steps / self.lr_decay_agent_steps)
 
     def consumed_agent_steps(self, updates: int) -> float:
         """Agent steps that so many updates answer to, the warm-up included."""
@@ -336,7 +345,7 @@ _FIELD_RULES: _Rules = (
     *((name, *_POSITIVE) for name in ("max_updates_per_step", "checkpoint_agent_steps")),
     ("max_lead_fragments", lambda v: v >= 1, "it must be 1 or more, or no worker could ever be asked for a fragment"),
     *((name, *_NATURAL) for name in ("warmup_agent_steps", "epsilon_decay_agent_steps", "reward_clip", "grad_clip")),
-    *((name, *_NATURAL) for name in ("target_update_updates", "learner_threads")),
+    *((name, *_NATURAL) for name in ("target_update_updates", "learner_threads", "lr_decay_agent_steps")),
     *((name, *_SHARE) for name in ("gamma", "epsilon_start", "epsilon_end", "target_tau")),
     *((name, *_SHARE) for name in ("priority_alpha", "priority_beta")),
 )

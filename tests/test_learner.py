@@ -199,6 +199,24 @@ def test_several_updates_in_one_call_equal_single_calls(tmp_path):
     np.testing.assert_array_equal(report.td_errors, np.concatenate([r.td_errors for r in reports]))
 
 
+def test_rates_fall_to_nothing_with_the_agent_steps_that_updates_answer_to(tmp_path):
+    training = {"lr": 1e-2, "encoder_lr": 1e-4, "warmup_agent_steps": 100, "updates_per_agent_step": 0.5}
+    learner = make_learner(tmp_path, "finetune", lr_decay_agent_steps=200, **training)
+    batch = random_batch("finetune", 16)
+
+    def rates_after(updates: int) -> list[float]:
+        update(learner, batch, updates_before=updates)
+        return [
+            optimizer.param_groups[0]["lr"] for _, optimizer in learner.get_optimizers_for_module(DEFAULT_MODULE_ID)
+        ]
+
+    assert rates_after(0) == pytest.approx([5e-3, 5e-5])  # the warm-up has taken half of the agent steps
+    assert rates_after(40) == pytest.approx([1e-3, 1e-5])
+    before = weights(learner)
+    assert rates_after(50) == rates_after(70) == [0.0, 0.0]
+    assert not {name for name in moved(before, weights(learner)) if not name.startswith("target")}
+
+
 def test_rllibs_own_update_is_refused(tmp_path):
     with pytest.raises(NotImplementedError, match="update_drawn"):
         make_learner(tmp_path, "frozen").compute_loss_for_module()

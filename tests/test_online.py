@@ -83,6 +83,16 @@ def test_q_never_moves_the_encoder_and_the_bound_does(build, encoder):
     assert hashes["bound"][0] == hashes["none"][0] == hashes["none"][1] != hashes["bound"][1]
 
 
+def test_rates_that_have_fallen_to_nothing_are_the_bounds_too(build, encoder):
+    algorithm = build(online(encoder, lr_decay_agent_steps=200))
+    train(algorithm, 300)
+    before, head = algorithm.encoder_sha256s(), algorithm.network_state()["head.layers.0.weight"].copy()
+    figures = train(algorithm, 600)
+    assert figures["elbo_updates"] > 40, "it was asked to learn"
+    assert algorithm.encoder_sha256s()["learner"] == before["learner"]
+    np.testing.assert_array_equal(algorithm.network_state()["head.layers.0.weight"], head)
+
+
 def test_the_targets_encoder_follows_by_its_own_share(build, encoder):
     algorithm = build(
         online(
@@ -91,7 +101,7 @@ def test_the_targets_encoder_follows_by_its_own_share(build, encoder):
     )
     train(algorithm, 100)  # copies the whole target network after every update, were the encoder among it
     before, _ = algorithm.learners.reading_encoders()
-    algorithm.encoder_learning._update(5)
+    algorithm.encoder_learning._update(5, ELBO.lr)
     online_weights, target_weights = algorithm.learners.reading_encoders()
     moved = [name for name in before if not np.array_equal(before[name], online_weights[name])]
     assert len(moved) >= 4

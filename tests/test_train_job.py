@@ -157,10 +157,18 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(workspace, tmp_path, ch
     assert not list(workspace.runs.glob("*"))
 
 
-def test_a_run_that_ends_within_its_warmup_says_so(workspace, tmp_path, capfd):
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "does not go beyond the warm-up of 100000"),
+        ({"lr_decay_agent_steps": 149}, "goes beyond 149 (train.lr_decay_agent_steps), from which on all rates are 0"),
+    ],
+)
+def test_a_run_that_learns_nothing_for_a_time_says_so(workspace, tmp_path, capfd, changes, words):
+    recipe = replace(ROOMY, train=ROOMY.train.replace(**changes))
     with pytest.raises(UserError, match="need 1000 CPUs"):
-        run(workspace, make_pong_encoder(tmp_path), num_env_runners=1000, recipe=ROOMY)
-    assert "note: --agent-steps 150 does not go beyond the warm-up of 100000" in capfd.readouterr().err
+        run(workspace, make_pong_encoder(tmp_path), num_env_runners=1000, recipe=recipe)
+    assert f"note: --agent-steps 150 {words}" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
