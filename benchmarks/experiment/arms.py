@@ -105,8 +105,8 @@ CLOCKED = ("pixels", "vae-frozen")  # go on to the goal, beyond the games' agent
 COMPARED = (*FROZEN, *TRAINED)
 STEADINESS = ("online-exact", "online-fast", "joint")  # what keeps the online loop steady, by what is left out
 
-# Found on the arms `ram` and `vae-frozen` with seeds that are not among those that count. What decides is how steady the
-# last greedy policies are: small steps on large batches that become ever smaller, and a tenth of random actions.
+# Found on the arms `ram` and `vae-frozen` with seeds that are not among those that count. What decides is how steady
+# the last greedy policies are: small steps on large batches, ever smaller ones, and a tenth of random actions.
 _CARTPOLE = {
     "warmup_agent_steps": 1_000,
     "epsilon_decay_agent_steps": 8_000,
