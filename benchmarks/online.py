@@ -69,7 +69,7 @@ def turns(built: dict[str, LatentDQN]) -> dict[str, Turn]:
         return updates
 
     def of_bound() -> int:
-        built["cache"].encoder_learning._update(BOUND_UPDATES, built["cache"].config.elbo.lr)
+        built["cache"].encoder_learning._update(BOUND_UPDATES)
         return BOUND_UPDATES
 
     return {**{name: of_q(algorithm) for name, algorithm in built.items()}, "bound": of_bound}

@@ -69,8 +69,7 @@ class EncoderLearning:
         if not self.has_started:
             self._start()
         due = self._settings.due_updates(agent_steps) - self.updates
-        lr = self._settings.lr * self._config.settings.rate_share(agent_steps)
-        self._update(max(0, math.ceil(due * share)), lr)
+        self._update(max(0, math.ceil(due * share)), self._config.settings.rate_share(agent_steps))
 
     def _start(self) -> None:
         """Once, before Q's first update: a model from nothing is set from what has been seen, and learns from it."""
@@ -78,16 +77,15 @@ class EncoderLearning:
         if self._config.bundle is None:
             self._learners.initialise_model(self._frames(_INITIAL_FRAMES))
             for done in range(0, self._settings.scratch_updates, self._updates_per_draw):
-                now = min(self._settings.scratch_updates - done, self._updates_per_draw)
-                self._learn(now, self._settings.scratch_lr, "scratch_lr")
+                self._learn(min(self._settings.scratch_updates - done, self._updates_per_draw), "scratch_lr")
         self._publish(1.0)  # not before: what is held is encoded by the first version
         self.on_start()
 
-    def _update(self, number: int, lr: float) -> None:
+    def _update(self, number: int, rate_share: float = 1.0) -> None:
         every = self._settings.publish_updates
         while number > 0:
             now = min(number, self._updates_per_draw, every - self.updates % every)
-            self._learn(now, lr, "lr")
+            self._learn(now, "lr", rate_share)
             self.updates += now
             number -= now
             if self.updates % every == 0:
@@ -99,19 +97,18 @@ class EncoderLearning:
         batch_bytes = self._settings.batch_size * math.prod(self._replay.spec.obs_shape)
         return max(1, min(_MOST_UPDATES_AT_ONCE, _MOST_BYTES_AT_ONCE // batch_bytes))
 
-    def _learn(self, number: int, lr: float, name: str) -> None:
-        """Makes so many updates at a rate that the setting of that name decides.
-
-        Ends a run whose model holds nothing any more.
+    def _learn(self, number: int, rate: str, share: float = 1.0) -> None:
+        """Makes so many updates at a share of the rate of that name; ends a run whose model holds nothing any more.
 
         Raises:
             UserError: The bound is not a number.
         """
-        self._figures |= self._learners.update_bound(self._frames(number * self._settings.batch_size), lr)
+        lr: float = getattr(self._settings, rate)
+        self._figures |= self._learners.update_bound(self._frames(number * self._settings.batch_size), lr * share)
         if not math.isfinite(self._figures["elbo"]):
             raise UserError(
                 f"the latent-variable model has diverged: its bound is {self._figures['elbo']}; "
-                f"start again with a lower elbo.{name} ({getattr(self._settings, name)}), or with elbo.grad_clip "
+                f"start again with a lower elbo.{rate} ({lr}), or with elbo.grad_clip "
                 f"({self._settings.grad_clip}) lower and above 0"
             )
 

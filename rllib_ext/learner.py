@@ -137,7 +137,7 @@ class LatentDQNLearner(TorchLearner):
     def _register_adam(self, module_id: str, name: str, part: nn.Module, lr: float) -> None:
         params = [param for param in part.parameters() if param.requires_grad]
         is_on_gpu = self.device.type != "cpu"  # whose updates are recorded, with the rate where it is a number
-        rate = torch.tensor(lr, device=self.device) if is_on_gpu else lr
+        rate = torch.tensor(lr, device=self.device) if is_on_gpu and self.settings.lr_decay_agent_steps else lr
         optimizer = torch.optim.Adam(params, rate, eps=self.settings.adam_epsilon, fused=True, capturable=is_on_gpu)
         self.register_optimizer(module_id=module_id, optimizer_name=name, optimizer=optimizer, params=params)
         self._rates[optimizer] = lr
@@ -203,7 +203,8 @@ class LatentDQNLearner(TorchLearner):
                 part[QF_TARGET_NEXT_OUTPUTS] = self._target_outputs(part["next_obs"])
             update = self._update_once if self._on_cpu or self.distributed else self._graphed
             for i in range(last - first):
-                self._set_rates(updates_before + first + i)
+                if self.settings.lr_decay_agent_steps:
+                    self._set_rates(updates_before + first + i)
                 steps.append(update({name: x[i] for name, x in part.items()}))
             self._move_target(updates_before + last)
         compat.count_call(self)

@@ -101,7 +101,7 @@ def test_the_targets_encoder_follows_by_its_own_share(build, encoder):
     )
     train(algorithm, 100)  # copies the whole target network after every update, were the encoder among it
     before, _ = algorithm.learners.reading_encoders()
-    algorithm.encoder_learning._update(5, ELBO.lr)
+    algorithm.encoder_learning._update(5)
     online_weights, target_weights = algorithm.learners.reading_encoders()
     moved = [name for name in before if not np.array_equal(before[name], online_weights[name])]
     assert len(moved) >= 4

@@ -88,7 +88,7 @@ ARMS = {
     "tuned": Arm(
         "frozen: the same VAE with the recipe `efficient`",
         *("frozen", "vae", "efficient"),
-        train={"updates_per_agent_step": 1.0, "lr": 1e-4},
+        train={"updates_per_agent_step": 1.0, "lr": 1e-4, "target_update_updates": 2_000},
     ),
     "online-exact": Arm("online, drawn frames encoded anew", "online", "vae", elbo={"q_reads": "exact"}),
     "online-fast": Arm("online, the encoder's rate ten times higher", "online", "vae", elbo={"lr": 1e-3}),
