@@ -348,10 +348,19 @@ def test_frozen_and_trained_arms_are_those_asked_for() -> None:
 
 def test_steadiness_leaves_out_one_thing_each() -> None:
     base, finetuned = (Cell.of("cartpole", arm, 2).recipe for arm in ("vae-online", "vae-finetuned"))
-    exact, fast, joint = (Cell.of("cartpole", arm, 2).recipe for arm in STEADINESS)
+    exact, fast, joint, *_ = (Cell.of("cartpole", arm, 2).recipe for arm in STEADINESS)
     assert replace(exact, elbo=replace(exact.elbo, q_reads="cache")) == base
     assert replace(fast, elbo=replace(fast.elbo, lr=base.elbo.lr)) == base
     assert fast.elbo.lr == pytest.approx(10 * base.elbo.lr)
     assert joint.elbo.in_finetune
     assert joint.train.encoder_lr == joint.train.lr
     assert joint.train.replace(encoder_lr=finetuned.train.encoder_lr) == finetuned.train
+
+
+def test_bare_arms_differ_in_whose_gradients_train_the_encoder() -> None:
+    online, joint = (Cell.of("rally", arm, 0) for arm in ("online-bare", "joint-bare"))
+    assert (online.settings["mode"], joint.settings["mode"]) == ("online", "finetune")
+    assert not joint.recipe.q.layer_norm
+    assert joint.recipe.q == online.recipe.q
+    assert joint.recipe.train.replace(encoder_lr=online.recipe.train.encoder_lr) == online.recipe.train
+    assert joint.recipe.train.lr == joint.recipe.train.encoder_lr == joint.recipe.elbo.lr == online.recipe.elbo.lr

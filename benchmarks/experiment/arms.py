@@ -20,6 +20,7 @@ from rllib_ext.settings import replace_known
 
 ENCODER = "vae"
 ORACLE = "oracle"  # in place of a pretraining recipe
+_BARE = {"lr": 1e-3, "n_step": 1, "target_update_updates": 1}  # what steadies Q-learning, left out
 CLOCK_LIMIT_S = 3_600.0
 GREEDY_EPISODES = 20
 
@@ -98,12 +99,27 @@ ARMS = {
         train={"encoder_lr": 1e-4},
         elbo={"in_finetune": True},
     ),
+    "online-bare": Arm(
+        "online, with neither target network, layer norm nor returns of 3 steps; rates of 1e-3",
+        *("online", "vae"),
+        q={"layer_norm": False},
+        train=_BARE,
+        elbo={"lr": 1e-3, "target_tau": 1.0, "publish_updates": 1},
+    ),
+    "joint-bare": Arm(
+        "the same, and the TD error trains the encoder too",
+        *("finetune", "vae"),
+        q={"layer_norm": False},
+        train={**_BARE, "encoder_lr": 1e-3},
+        elbo={"lr": 1e-3, "in_finetune": True},
+    ),
 }
 FROZEN = ("random-encoder", "pca", "vae-frozen", "ram")
 TRAINED = ("pixels", "vae-finetuned", "vae-online-scratch", "vae-online")
 CLOCKED = ("pixels", "vae-frozen")  # go on to the goal, beyond the games' agent steps
 COMPARED = (*FROZEN, *TRAINED)
-STEADINESS = ("online-exact", "online-fast", "joint")  # what keeps the online loop steady, by what is left out
+# What keeps the online loop steady, by what is left out.
+STEADINESS = ("online-exact", "online-fast", "joint", "online-bare", "joint-bare")
 
 # Found on the arms `ram` and `vae-frozen` with seeds that are not among those that count. What decides is how steady
 # the last greedy policies are: small steps on large batches, ever smaller ones, and a tenth of random actions.

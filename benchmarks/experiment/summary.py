@@ -124,7 +124,7 @@ def _told(game: str, run: dict[str, Any]) -> dict[str, Any]:
         "score": round(score, 2),
         "human_normalised": _rounded(human_normalised(game, score)),
         "scores": [round(float(value), 2) for value in run["greedy"]],
-        "last_training_games": _rounded(measures.at_step(run["games"], math.inf)),
+        "last_training_games": _rounded(measures.at_step(run["games"], GAMES[game].agent_steps)),
         "minutes": round(run["seconds"] / MINUTE, 2),
         "pretraining_minutes": round(prior["pretrain_s"] / MINUTE, 2),
         "collection_minutes": round(prior["collect_s"] / MINUTE, 2),
