@@ -69,7 +69,7 @@ class Game:
     agent_steps: int = 100_000
     seeds: int = 3
     first_seed: int = 0
-    prior_frames: int = 100_000
+    prior_frames: int = 30_000
     goal: float | None = None
     recipe: str = "dqn"
     num_workers: int = 1
@@ -191,7 +191,7 @@ class Cell(curves.Cell):
             **dataclasses.asdict(ARMS[arm]),
             "recipe": ARMS[arm].recipe or plan.recipe,
             "num_workers": plan.num_workers,
-            "prior_frames": plan.prior_frames,
+            "prior_frames": plan.prior_frames if ARMS[arm].encoder else 0,
             "train": {**plan.train, **ARMS[arm].train},
             "pretrain": dict(plan.pretrain),
             "goal": plan.goal if is_clocked else None,
