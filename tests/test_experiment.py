@@ -341,9 +341,9 @@ def test_the_middle_of_scores_is_their_mean_where_they_are_one_and_lies_in_its_i
 
 
 def test_frozen_and_trained_arms_are_those_asked_for() -> None:
-    assert set(FROZEN) | set(TRAINED) | set(STEADINESS) | {"tuned"} == set(ARMS)
+    assert set(FROZEN) | set(TRAINED) | set(STEADINESS) | {"tuned", "tuned-long"} == set(ARMS)
     for game in ("pong", "breakout"):
-        assert set(GAMES[game].arms) == set(ARMS) - set(STEADINESS)
+        assert set(GAMES[game].arms) == set(ARMS) - set(STEADINESS) - {"tuned-long"}
 
 
 def test_steadiness_leaves_out_one_thing_each() -> None:

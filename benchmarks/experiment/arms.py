@@ -91,6 +91,11 @@ ARMS = {
         *("frozen", "vae", "efficient"),
         train={"updates_per_agent_step": 1.0, "lr": 1e-4, "target_update_updates": 2_000},
     ),
+    "tuned-long": Arm(
+        "frozen: the same VAE, as the compared arms for ten times the steps, with a rate that falls",
+        *("frozen", "vae"),
+        train={"lr_decay_agent_steps": 1_000_000},
+    ),
     "online-exact": Arm("online, drawn frames encoded anew", "online", "vae", elbo={"q_reads": "exact"}),
     "online-fast": Arm("online, the encoder's rate ten times higher", "online", "vae", elbo={"lr": 1e-3}),
     "joint": Arm(
@@ -159,7 +164,7 @@ GAMES = {
     "breakout": Game((*COMPARED, "tuned"), goal=5.0, **_COMPARED),
     "freeway": Game((*FROZEN, "tuned"), **_COMPARED),
     "boxing": Game((*FROZEN, "tuned"), **_COMPARED),
-    "ms_pacman": Game(("tuned",), 1_000_000, seeds=1),
+    "ms_pacman": Game(("tuned-long",), 1_000_000, seeds=1, **_COMPARED),
 }
 _TINY = {"warmup_agent_steps": 100, "epsilon_decay_agent_steps": 200, "batch_size": 8, "envs_per_runner": 4}
 _TINY_PRIOR = {"frames_per_epoch": 256, "monitor_frames": 512, "stats_frames": 512}
