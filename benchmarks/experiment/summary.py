@@ -62,7 +62,7 @@ def figures(runs: Runs) -> dict[str, Any]:
     """By key, of the cells that have been run; None where there are none to say it of."""
     pairs = _pairs(runs, FRESH, "pixels", ATARI, normalised)
     online = _pairs(runs, "vae-online", FRESH, ATARI, normalised)
-    clock = clocked(runs)
+    clock, long = clocked(runs), _runs(runs, "tuned-long", "ms_pacman")
     found: dict[str, Any] = {
         "cartpole_frozen": _mean(list(_scores(runs, FRESH, CARTPOLE).values())),
         "cartpole_online": _mean(list(_scores(runs, "vae-online", CARTPOLE).values())),
@@ -81,7 +81,7 @@ def figures(runs: Runs) -> dict[str, Any]:
         "frozen_minus_pixels_pairs": len(pairs),
         "online_minus_frozen": _mean(online),
         "online_minus_frozen_pairs": len(online),
-        "mspacman_1m_minutes": _mean([run["seconds"] / MINUTE for run in _runs(runs, "tuned-long", "ms_pacman").values()]),
+        "mspacman_1m_minutes": _mean([run["seconds"] / MINUTE for run in long.values()]),
         "iqm": aggregated(runs, normalised),
         "at_equal_minutes": at_equal_minutes(runs),
     }
